@@ -1,0 +1,131 @@
+"""What is measured: three workloads, and the ways to run a step of them: plain, PyTorch's own checkpoints, Rekindle."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import nets
+from peak import peak_bytes
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model in train mode, one batch, and the class of the blocks that people checkpoint by hand."""
+
+    name: str
+    model: nn.Module
+    batch: dict[str, Any]
+    block: type[nn.Module]
+
+    def step(self, way: AbstractContextManager[Any]) -> Tensor:
+        """One forward and backward, run in `way`. Gradients are zeroed, not freed, so that they never count."""
+        self.model.zero_grad(set_to_none=False)
+        with way:
+            loss = self._loss()
+            loss.backward()
+        return loss.detach()
+
+    def _loss(self) -> Tensor:
+        result = self.model(**self.batch)
+        loss: Tensor = result if isinstance(result, Tensor) else result.loss
+        return loss  # nobody holds the logits any longer
+
+    def peak(self, way: AbstractContextManager[Any]) -> int:
+        """The most bytes a step in `way` held beyond what was there before it."""
+        self.model.zero_grad(set_to_none=False)
+        return peak_bytes(lambda: self.step(way))
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, in order."""
+        return [module for module in self.model.modules() if isinstance(module, self.block)]
+
+    def outcome(self, way: AbstractContextManager[Any]) -> dict[str, str]:
+        """A digest of each thing that a step in `way` leaves behind, begun from one random state and put back after."""
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        torch.manual_seed(0)
+        left = {"loss": _digest(self.step(way))}
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                left[f"gradient of {name}"] = _digest(parameter.grad)
+        left |= {f"buffer {name}": _digest(buffer) for name, buffer in self.model.named_buffers()}
+        left["random state"] = _digest(torch.get_rng_state())
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(before[name])
+        return left
+
+
+def gpt2(layers: int = 12, width: int = 768, heads: int = 12, length: int = 512, vocabulary: int = 50257) -> Workload:
+    """GPT-2 with dropout and one sequence; the defaults are the smallest published size."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0
+    )
+    tokens = torch.randint(vocabulary, (1, length))
+    batch = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    return _warm(Workload(f"GPT-2, {layers} layers, 1 x {length} tokens", GPT2LMHeadModel(config), batch, GPT2Block))
+
+
+def llama(layers: int = 12, width: int = 512, heads: int = 8, length: int = 512, vocabulary: int = 8000) -> Workload:
+    """A Llama-like model and two sequences."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=43 * width // 16,
+        num_attention_heads=heads,
+        vocab_size=vocabulary,
+    )
+    tokens = torch.randint(vocabulary, (2, length))
+    batch = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    name = f"Llama-like, {layers} layers, width {width}, 2 x {length} tokens"
+    return _warm(Workload(name, LlamaForCausalLM(config), batch, LlamaDecoderLayer))
+
+
+def resnet50(batch: int = 6, size: int = 224) -> Workload:
+    """ResNet-50, with in-place ReLU and in-place residual adds as it is usually written."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
+    name = f"ResNet-50, {batch} x 3 x {size} x {size}"
+    return _warm(Workload(name, nets.ResNet(), {"images": images, "labels": labels}, nets.Bottleneck))
+
+
+def _warm(workload: Workload) -> Workload:
+    """Allocate the gradients, and let libraries allocate what they keep for ever."""
+    workload.model.train()
+    workload.step(nullcontext())
+    return workload
+
+
+class Checkpointed:
+    """PyTorch's own way, for the length of a `with`: run `forward` of each block again in backward."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        self._blocks = blocks
+
+    def __enter__(self) -> None:
+        for block in self._blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+    def __exit__(self, *error: object) -> None:
+        for block in self._blocks:
+            del block.forward
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.blake2b(tensor.detach().contiguous().numpy().tobytes()).hexdigest()

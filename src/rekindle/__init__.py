@@ -1,0 +1,64 @@
+"""Train PyTorch models inside the memory you have.
+
+    session = rekindle.Session(policy=rekindle.PerModule(Block))
+    for batch in loader:
+        with session:
+            loss = model(batch)
+            loss.backward()
+        optimizer.step()
+
+The house, in the order a step passes through it: `graph` (a step on paper), `policy` (what to keep), `record` (watch a
+step from below autograd), `runtime` (keep, evict, recompute), `_api` (the verbs). See docs/layout.md.
+"""
+
+from rekindle._api import apply, remove, session_of
+from rekindle._errors import (
+    BytesError,
+    GraphError,
+    LeafModified,
+    PolicyError,
+    RecomputeError,
+    RecomputeMismatch,
+    RekindleError,
+    SavedTensorModified,
+    SessionError,
+    UnknownTensor,
+    UnsupportedContext,
+)
+from rekindle.graph import Graph, Plan, load_graph, save_graph
+from rekindle.policy import Balanced, ByDepth, EveryN, KeepAll, KeepNone, MemoryOptimal, PerModule, SpeedOptimal
+from rekindle.record.activation import Activation
+from rekindle.runtime.session import Session
+from rekindle.runtime.stats import Stats
+
+__all__ = [
+    "Activation",
+    "Balanced",
+    "ByDepth",
+    "BytesError",
+    "EveryN",
+    "Graph",
+    "GraphError",
+    "KeepAll",
+    "KeepNone",
+    "LeafModified",
+    "MemoryOptimal",
+    "PerModule",
+    "Plan",
+    "PolicyError",
+    "RecomputeError",
+    "RecomputeMismatch",
+    "RekindleError",
+    "SavedTensorModified",
+    "Session",
+    "SessionError",
+    "SpeedOptimal",
+    "Stats",
+    "UnknownTensor",
+    "UnsupportedContext",
+    "apply",
+    "load_graph",
+    "remove",
+    "save_graph",
+    "session_of",
+]

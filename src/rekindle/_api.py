@@ -1,0 +1,95 @@
+"""The user's verbs for models in training loops they do not control."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from rekindle._errors import SessionError
+from rekindle.policy import PolicyLike
+from rekindle.runtime.session import DEFAULT_MIN_NBYTES, Session
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+@dataclass(slots=True)
+class _Applied:
+    """A session, and how many calls of its module are running: a module may call itself."""
+
+    session: Session
+    depth: int = 0
+
+
+# The module itself gets no hook and no attribute, so that its pickles, copies and state_dict stay what they were.
+_applied: weakref.WeakKeyDictionary[torch.nn.Module, _Applied] = weakref.WeakKeyDictionary()
+_hooks: list[Any] = []
+
+
+def apply(model: Model, policy: PolicyLike | None = None, *, min_nbytes: int = DEFAULT_MIN_NBYTES) -> Model:
+    """Run every forward of `model` in a session of its own. Returns the same object.
+
+    Each forward is a step; what it evicts is recomputed when the backward pass asks, wherever that is called. The
+    model's type, parameters, hooks, `state_dict` and pickles are as before. `session_of(model)` is the session.
+
+    Raises:
+        SessionError: `model` is applied already.
+        PolicyError: `policy` is not a policy.
+    """
+    if model in _applied:
+        raise SessionError(
+            f"{type(model).__name__} is applied already, with {_applied[model].session!r}. Call rekindle.remove(model) "
+            "first to apply it with another policy."
+        )
+    _applied[model] = _Applied(Session(policy, min_nbytes=min_nbytes))
+    if not _hooks:
+        _hooks.append(register_module_forward_pre_hook(_enter))
+        _hooks.append(register_module_forward_hook(_leave, always_call=True))
+    return model
+
+
+def remove(model: Model) -> Model:
+    """Undo `apply`. Returns the same object; what it already evicted is still recomputed when asked for.
+
+    Raises:
+        SessionError: `model` is not applied.
+    """
+    if model not in _applied:
+        raise SessionError(f"{type(model).__name__} is not applied. Call rekindle.apply(model, policy=...) first.")
+    del _applied[model]
+    if not _applied:
+        while _hooks:
+            _hooks.pop().remove()
+    return model
+
+
+def session_of(model: torch.nn.Module) -> Session:
+    """The session that `apply` made for `model`, for its statistics.
+
+    Raises:
+        SessionError: `model` is not applied.
+    """
+    if model not in _applied:
+        raise SessionError(f"{type(model).__name__} is not applied. Call rekindle.apply(model, policy=...) first.")
+    return _applied[model].session
+
+
+def _enter(module: torch.nn.Module, args: Any) -> None:
+    applied = _applied.get(module)
+    if applied is None:
+        return
+    if not applied.depth:
+        applied.session.__enter__()
+    applied.depth += 1
+
+
+def _leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+    applied = _applied.get(module)
+    if applied is None or not applied.depth:
+        return
+    applied.depth -= 1
+    if not applied.depth:
+        applied.session.__exit__(None, None, None)

@@ -1,0 +1,21 @@
+"""What to keep. Imports no torch."""
+
+from rekindle.policy.base import CallLike, Decider, PolicyLike, decider_of, make_plan
+from rekindle.policy.scores import Balanced, ByDepth, MemoryOptimal, SpeedOptimal
+from rekindle.policy.simple import EveryN, KeepAll, KeepNone, PerModule
+
+__all__ = [
+    "Balanced",
+    "ByDepth",
+    "CallLike",
+    "Decider",
+    "EveryN",
+    "KeepAll",
+    "KeepNone",
+    "MemoryOptimal",
+    "PerModule",
+    "PolicyLike",
+    "SpeedOptimal",
+    "decider_of",
+    "make_plan",
+]

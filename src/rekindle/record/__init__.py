@@ -1,0 +1,1 @@
+"""Watch a step from below autograd: ops, values, storages, module calls."""

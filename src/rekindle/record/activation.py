@@ -1,0 +1,199 @@
+"""A value at run time, and the recorded op that can make it again.
+
+Ownership is the design: handles (what autograd holds instead of a saved tensor) own activations, activations own their
+op, ops own their input activations. Nothing else owns any of them for longer than a forward, so when autograd frees its
+nodes everything goes by reference counting.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from rekindle.record.aliasing import Window
+from rekindle.record.modules import ModuleCall
+
+
+class Ref:
+    """A tensor argument of a recorded op: a window onto an activation."""
+
+    __slots__ = ("activation", "window")
+
+    def __init__(self, activation: Activation, window: Window) -> None:
+        self.activation = activation
+        self.window = window
+
+
+class Scratch:
+    """A tensor argument whose content the op does not read: replays get a fresh one.
+
+    `slot` is the position in `Op.writes` of the value that the op writes there, -1 if nobody wants it.
+    """
+
+    __slots__ = ("device", "dtype", "size", "slot", "stride")
+
+    def __init__(self, tensor: torch.Tensor, slot: int = -1) -> None:
+        self.size, self.stride = tensor.size(), tensor.stride()
+        self.dtype, self.device = tensor.dtype, tensor.device
+        self.slot = slot
+
+
+class Op:
+    """One recorded ATen call.
+
+    Attributes:
+        func: the overload that was called.
+        args, kwargs: its arguments, tensors replaced by `Ref` (or `Scratch`).
+        inputs: the activations it read, in order, each once.
+        writes: (old, new) for each value it wrote into: the activation before (None if the op overwrote all of it
+            unread), and weakly the one after (None if that is a leaf).
+        outputs: weakly, the activation of each tensor it returned; None for one that was there before.
+        random: (generator, its state before the call), if the op draws from one.
+        call: the module call it ran in.
+        grad_mode: whether gradients were enabled; some kernels choose by it.
+        number: position in the session's stream of ops; inputs have smaller numbers.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "args",
+        "call",
+        "func",
+        "grad_mode",
+        "inputs",
+        "kwargs",
+        "number",
+        "outputs",
+        "random",
+        "writes",
+    )
+
+    func: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
+    inputs: list[Activation]
+    writes: list[tuple[Activation | None, weakref.ref[Activation] | None]]
+    outputs: list[weakref.ref[Activation] | None]
+    random: tuple[torch.Generator, torch.Tensor] | None
+    call: ModuleCall
+    grad_mode: bool
+    number: int
+
+    def __repr__(self) -> str:
+        return f"{self.func} in {self.call.describe()}"
+
+
+class Activation:
+    """The bytes of one value: live, evicted, or being recomputed.
+
+    Attributes:
+        op: what made it; None for a leaf (parameter, input, constant, or anything older than the current forward).
+        nbytes: size of its storage.
+        is_checkpoint: marked to be kept.
+        is_marked: the user marked it, not a policy.
+        why_kept: why it can never be evicted; empty if it can.
+        window: of the tensor that was recorded as the value; onto the whole storage, usually.
+        held: a detached alias that keeps the bytes alive, None when Rekindle does not hold them.
+        weak: the recorded tensor, as long as somebody else holds it.
+        version: of the recorded tensor, None until somebody reads it. The only sign of writes nobody saw.
+        readers: weakly, the ops that read it.
+        handles: weakly, what autograd saved of it.
+        overwritten: the op that wrote over it in the sight of autograd; empty if none did.
+        retained: `held` is a recomputed copy, which goes when the running backward pass no longer wants it.
+        key: address of its storage when it was recorded, to find the parameter's name for an error message.
+    """
+
+    # Class attributes, not slots: most activations never change most of these, and one is made for every op.
+    is_checkpoint = False
+    is_marked = False
+    held: torch.Tensor | None = None
+    weak: weakref.ref[torch.Tensor] | None = None
+    version: int | None = None
+    readers: Sequence[weakref.ref[Op]] = ()
+    handles: Sequence[weakref.ref[Any]] = ()
+    overwritten = ""
+    retained = False
+    key = 0
+    value_id = -1
+
+    def __init__(self, op: Op | None, window: Window, nbytes: int, call: ModuleCall, why_kept: str = "") -> None:
+        self.op = op
+        self.window = window
+        self.nbytes = nbytes
+        self.call = call
+        self.why_kept = why_kept
+
+    def add_handle(self, handle: Any) -> None:
+        """Note that autograd saved it."""
+        self.handles = [*self.handles, weakref.ref(handle)]
+
+    @property
+    def saved_inputs(self) -> tuple[Activation, ...]:
+        """The activations its op read: what it would be recomputed from. Empty for a leaf."""
+        return tuple(self.op.inputs) if self.op is not None else ()
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether no recorded op made it."""
+        return self.op is None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether its bytes are there now, held by Rekindle or by anybody else."""
+        return self.base() is not None
+
+    def base(self) -> torch.Tensor | None:
+        """A tensor on its live storage; None if the bytes are gone or were changed behind the recorder's back."""
+        base = self.held
+        if base is None and self.weak is not None:
+            base = self.weak()
+        if base is None or (self.version is not None and base._version != self.version):
+            return None
+        return base
+
+    def changed(self) -> bool:
+        """Whether somebody wrote to it where the recorder could not see, such as outside of the session."""
+        base = self.held
+        if base is None and self.weak is not None:
+            base = self.weak()
+        return base is not None and self.version is not None and base._version != self.version
+
+    def is_source(self, but: Op | None = None) -> bool:
+        """Whether something else may have to be recomputed from it, other than by `but`."""
+        readers = (reference() for reference in self.readers)
+        return any(op is not None and op is not but for op in readers)
+
+    def pending(self, graph_task: int) -> bool:
+        """Whether autograd still has it saved, and has not asked for it in this backward pass."""
+        return any(True for handle in self.live_handles() if handle.graph_task != graph_task)
+
+    def live_handles(self) -> Iterator[Any]:
+        """The handles that autograd has not freed."""
+        for reference in self.handles:
+            handle = reference()
+            if handle is not None:
+                yield handle
+
+    def release(self) -> None:
+        """Let go of the bytes that Rekindle holds of it."""
+        self.held = None  # before `retained`: the storage may die here, and a recomputed copy is no eviction
+        self.retained = False
+
+    def lose(self) -> None:
+        """Note that its storage holds something else now."""
+        self.weak = None
+        self.release()
+
+    def describe(self) -> str:
+        """A name for error messages."""
+        size, dtype = tuple(self.window[0]), str(self.window[3]).removeprefix("torch.")
+        made = f"made by {self.op!r}" if self.op is not None else "a leaf"
+        return f"{dtype}{list(size)}, {made}"
+
+    def __repr__(self) -> str:
+        state = "live" if self.is_live else "evicted"
+        mark = ", checkpoint" if self.is_checkpoint else ""
+        return f"Activation({self.describe()}, {self.nbytes} bytes, {state}{mark})"

@@ -1,0 +1,138 @@
+"""Storages, and the windows that tensors are onto them.
+
+A value is the content of one storage at one version; a tensor is a window (size, stride, offset, dtype) onto it. The
+recorder finds a tensor's value by the identity of its storage, so views need no records of their own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from rekindle.record.activation import Activation
+
+Window = tuple[Any, ...]
+"""(size, stride, storage offset, dtype) and, for lazily conjugated or negated tensors only, (..., conj, neg)."""
+
+
+def window_of(tensor: torch.Tensor) -> Window:
+    """The window that `tensor` is onto its storage."""
+    window = (tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)
+    if tensor.is_neg() or tensor.is_conj():
+        return (*window, tensor.is_conj(), tensor.is_neg())
+    return window
+
+
+def look(base: torch.Tensor, window: Window) -> torch.Tensor:
+    """The tensor that is `window` onto the storage of `base`. Call it at the recorded dispatch level."""
+    if window == (base.size(), base.stride(), base.storage_offset(), base.dtype):
+        return base
+    size, stride, offset, dtype = window[:4]
+    if base.dtype is dtype and not base.is_conj() and not base.is_neg():
+        tensor = base.as_strided(size, stride, offset)
+    else:
+        empty = torch.empty(0, dtype=dtype, device=base.device)
+        tensor = empty.set_(base.untyped_storage(), offset, size, stride)
+    if len(window) > 4:
+        tensor = tensor.conj() if window[4] else tensor
+        tensor = tensor._neg_view() if window[5] else tensor
+    return tensor
+
+
+class Tracked(weakref.ref[torch.UntypedStorage]):
+    """A storage the ledger knows, without holding it.
+
+    Attributes:
+        key: the storage's address.
+        nbytes: its size as counted in the live bytes; 0 for one that was there before (a parameter, an input).
+        owned: the value it holds now, while somebody else keeps the bytes alive.
+        lent: the same, weakly, while the activation itself holds the bytes: owning it here would keep both for ever.
+        recomputed: it holds a replayed copy, whose end is not an eviction.
+        value_id: the value it holds now on the tape, -1 if the step is not being taped.
+    """
+
+    __slots__ = ("key", "lent", "nbytes", "owned", "recomputed", "value_id")
+
+    key: int
+    nbytes: int
+    owned: Activation | None
+    lent: weakref.ref[Activation] | None
+    recomputed: bool
+    value_id: int
+
+    @property
+    def activation(self) -> Activation | None:
+        """The value the storage holds now; None if nobody has asked since the last forward."""
+        if self.owned is not None:
+            return self.owned
+        return self.lent() if self.lent is not None else None
+
+    def own(self, activation: Activation | None) -> None:
+        """The storage holds this value now, and somebody else keeps its bytes alive."""
+        self.owned, self.lent = activation, None
+
+    def lend(self, activation: Activation) -> None:
+        """The storage holds this value now, and the activation itself keeps its bytes alive."""
+        self.owned, self.lent = None, weakref.ref(activation)
+
+
+class Ledger:
+    """All storages the session has seen that still exist, and how many bytes of them the session's ops made.
+
+    Bytes go up when an op returns and down at the moment the storage dies, so `live_nbytes` is exact for everything
+    that reaches the recorder. Temporaries inside a kernel do not.
+    """
+
+    def __init__(self, on_death: Callable[[Activation, int], None]) -> None:
+        """`on_death(activation, nbytes)` is called when the storage of an activation dies."""
+        self.storages: dict[int, Tracked] = {}
+        self.live_nbytes = 0
+        self.peak_nbytes = 0
+        self._on_death = on_death
+
+    def find(self, tensor: torch.Tensor) -> Tracked | None:
+        """The record of the tensor's storage, if the session has seen it. Raises for tensors without a storage."""
+        return self.storages.get(tensor.untyped_storage()._cdata)
+
+    def track(self, storage: torch.UntypedStorage, activation: Activation | None, nbytes: int) -> Tracked:
+        """Begin to follow a storage; `nbytes` of it count as live."""
+        tracked = Tracked(storage, self._died)
+        tracked.key = storage._cdata
+        tracked.nbytes = nbytes
+        tracked.owned = activation
+        tracked.lent = None
+        tracked.recomputed = False
+        tracked.value_id = -1
+        self.storages[tracked.key] = tracked
+        if nbytes:
+            self.live_nbytes += nbytes
+            if self.live_nbytes > self.peak_nbytes:
+                self.peak_nbytes = self.live_nbytes
+        return tracked
+
+    def resized(self, tracked: Tracked, nbytes: int) -> None:
+        """Note that a kernel changed the size of a storage."""
+        if tracked.nbytes:
+            self.live_nbytes += nbytes - tracked.nbytes
+            self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes)
+            tracked.nbytes = nbytes
+
+    def forget_activations(self) -> None:
+        """Let go of the values, and so of the ops behind them: what a storage held before the cut is a leaf now."""
+        for tracked in list(self.storages.values()):
+            tracked.own(None)
+            tracked.value_id = -1
+
+    def _died(self, tracked: weakref.ref[torch.UntypedStorage]) -> None:
+        assert isinstance(tracked, Tracked)
+        if self.storages.get(tracked.key) is tracked:
+            del self.storages[tracked.key]
+        self.live_nbytes -= tracked.nbytes
+        activation = tracked.activation
+        tracked.own(None)
+        if activation is not None and not tracked.recomputed:
+            self._on_death(activation, tracked.nbytes)

@@ -1,0 +1,132 @@
+"""Which module is running: a stack of module calls, kept by PyTorch's global module hooks."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+
+class ModuleCall:
+    """One call of a module.
+
+    Attributes:
+        path: qualified name relative to the outermost module; empty for that module and outside of all.
+        types: qualified names of its class and their bases, nearest first.
+        parent: the call it was made in; None outside of all modules.
+        number: position among the calls of the session.
+    """
+
+    __slots__ = ("__weakref__", "module_id", "number", "parent", "path", "root", "types")
+
+    def __init__(
+        self, path: str, types: tuple[str, ...], parent: ModuleCall | None, number: int, module_id: int = 0
+    ) -> None:
+        self.path = path
+        self.types = types
+        self.parent = parent
+        self.number = number
+        self.module_id = module_id
+
+    def describe(self) -> str:
+        """A name for error messages."""
+        if not self.types:
+            return "no module"
+        cls = self.types[0].rpartition(".")[2]
+        return f"module {self.path!r} ({cls})" if self.path else f"the outermost module ({cls})"
+
+
+_types: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+def types_of(cls: type) -> tuple[str, ...]:
+    """Qualified names of a module class and its bases, nearest first, up to `torch.nn.Module`."""
+    names = _types.get(cls)
+    if names is None:
+        bases = (base for base in cls.__mro__ if base not in (torch.nn.Module, object))
+        names = _types[cls] = tuple(f"{base.__module__}.{base.__qualname__}" for base in bases)
+    return names
+
+
+class ModuleStack:
+    """Follows the calls of modules on the thread that opened it."""
+
+    def __init__(self) -> None:
+        self.outside = ModuleCall("", (), None, 0)
+        self.current = self.outside
+        self.roots: weakref.WeakKeyDictionary[torch.nn.Module, dict[int, str]] = weakref.WeakKeyDictionary()
+        self._hooks: list[Any] = []
+        self._thread = 0
+        self._count = 0
+
+    def open(self) -> None:
+        """Begin to follow module calls."""
+        self._thread = threading.get_ident()
+        self.current = self.outside
+        self._count = 0
+        self._hooks = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        ]
+
+    def close(self) -> None:
+        """Stop following them."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.current = self.outside
+
+    def names(self) -> dict[int, str]:
+        """The names of all parameters and buffers of the modules that were called, by the address of their storage."""
+        names: dict[int, str] = {}
+        for root in list(self.roots):
+            for name, tensor in (*root.named_buffers(), *root.named_parameters()):
+                names[_address(tensor)] = name
+        names.pop(0, None)
+        return names
+
+    def name_of(self, key: int) -> str:
+        """The name of the parameter or buffer whose storage has the address `key`; empty if there is none."""
+        return self.names().get(key, "")
+
+    def _enter(self, module: torch.nn.Module, args: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        parent = self.current
+        self._count += 1
+        path = self._path(module, parent)
+        self.current = ModuleCall(path, types_of(type(module)), parent, self._count, id(module))
+
+    def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        call: ModuleCall | None = self.current
+        while call is not None and call.module_id != id(module):
+            call = call.parent
+        if call is not None and call.parent is not None:
+            self.current = call.parent
+
+    def _path(self, module: torch.nn.Module, parent: ModuleCall) -> str:
+        if parent is self.outside:
+            self._root = self._names(module)
+            return ""
+        name = self._root.get(id(module))
+        if name is not None:
+            return name
+        return ".".join(filter(None, (parent.path, type(module).__name__)))
+
+    def _names(self, root: torch.nn.Module) -> dict[int, str]:
+        names = self.roots.get(root)
+        if names is None:
+            names = self.roots[root] = {id(module): name for name, module in root.named_modules()}
+        return names
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return 0

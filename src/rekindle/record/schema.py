@@ -1,0 +1,176 @@
+"""What an op mutates, draws at random, or must never repeat.
+
+Problem: the recorder must know for each ATen overload whether repeating it later gives the same bytes. Schemas say
+most of it (alias annotations, tags); the tables below hold what they do not say. When in doubt an op is `opaque`: its
+results are kept like an input, never recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+RUNNING_STATS: dict[str, tuple[tuple[int, int], int | None]] = {
+    # op: (positions of running mean and variance, position of `training` or None where the op always trains).
+    # In training the statistics are written, and the results do not depend on what they held. The first two schemas
+    # do not even say that they are written.
+    "aten::native_batch_norm": ((3, 4), 5),
+    "aten::cudnn_batch_norm": ((3, 4), 5),
+    "aten::miopen_batch_norm": ((3, 4), 5),
+    "aten::_native_batch_norm_legit": ((3, 4), 5),
+    "aten::_batch_norm_with_update": ((3, 4), None),
+    "aten::batch_norm_gather_stats": ((3, 4), None),
+    "aten::batch_norm_gather_stats_with_counts": ((3, 4), None),
+    "aten::batch_norm_update_stats": ((1, 2), None),
+}
+UNINITIALISED = frozenset(
+    f"aten::{name}"
+    for name in ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
+)
+OVERWRITES = frozenset(
+    # In-place ops whose result does not depend on what the tensor held.
+    f"aten::{name}_"
+    for name in (
+        "copy",
+        "fill",
+        "zero",
+        "bernoulli",
+        "normal",
+        "uniform",
+        "random",
+        "exponential",
+        "geometric",
+        "log_normal",
+        "cauchy",
+        "_foreach_zero",
+        "_foreach_copy",
+    )
+)
+NEVER_REPEAT: dict[str, str] = {
+    **dict.fromkeys(
+        ("aten::topk", "aten::sort", "aten::argsort", "aten::msort", "aten::kthvalue", "aten::mode"),
+        "routes by order: recomputed ties may flip",
+    ),
+    **dict.fromkeys(
+        ("aten::_cudnn_rnn", "aten::miopen_rnn", "aten::_cudnn_init_dropout_state"),
+        "keeps dropout state of its own",
+    ),
+    **dict.fromkeys(
+        ("aten::set_", "aten::resize_", "aten::resize_as_", "aten::resize_as_sparse_", "aten::set_data"),
+        "changes the storage itself",
+    ),
+    "aten::_efficientzerotensor": "has no bytes",
+    "aten::_pin_memory": "moves to pinned host memory",
+    "aten::from_file": "reads a file that may have changed",
+    "aten::_fused_moving_avg_obs_fq_helper": "keeps observer state of its own",
+}
+MAY_LEAVE_DEVICE = frozenset({"aten::_to_copy", "aten::copy_", "aten::copy"})
+_UNREPEATABLE_TAGS = {
+    torch.Tag.dynamic_output_shape: "its output shape depends on data",
+    torch.Tag.data_dependent_output: "its result depends on data on the device",
+}
+_BOOLEAN = (torch.bool, torch.uint8)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Traits:
+    """What the recorder needs to know of one ATen overload.
+
+    Attributes:
+        name: the overload's full name, such as `aten.add_.Tensor`.
+        view: nothing is computed or written; the results alias the arguments.
+        reshapes: changes sizes or strides of its argument in place, not its bytes.
+        writes: (position, name) of each argument that is written.
+        random: draws from a generator.
+        opaque: why it must never be repeated; empty if it may be.
+        uninitialised: its result has no defined content.
+        overwrites: what it writes does not depend on what was there.
+        stats: positions of running statistics that training overwrites, and of the `training` flag.
+        check: whether `why_opaque` must look at the arguments of each call.
+        plain: reads tensors, one per argument, and makes new ones: nothing else to see to.
+    """
+
+    name: str
+    view: bool = False
+    reshapes: bool = False
+    writes: tuple[tuple[int, str], ...] = ()
+    random: bool = False
+    opaque: str = ""
+    uninitialised: bool = False
+    overwrites: bool = False
+    stats: tuple[tuple[int, int], int | None] | None = None
+    check: bool = False
+    plain: bool = False
+
+
+_CACHE: dict[Any, Traits] = {}
+
+
+def traits_of(func: Any) -> Traits:
+    """The traits of an overload, worked out once per process."""
+    traits = _CACHE.get(func)
+    if traits is None:
+        traits = _CACHE[func] = _read(func)
+    return traits
+
+
+def _read(func: Any) -> Traits:
+    if not isinstance(func, OpOverload):
+        return Traits(str(func), opaque="a higher-order operator, which has no schema")
+    schema = func._schema
+    qualified, name = schema.name, str(func)
+    writes = tuple(
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    opaque = NEVER_REPEAT.get(qualified, "")
+    tags = set(func.tags)
+    reshapes = torch.Tag.inplace_view in tags and not opaque
+    aliased = bool(schema.returns) and all(result.alias_info is not None for result in schema.returns)
+    check = qualified in MAY_LEAVE_DEVICE or qualified == "aten::index"
+    if not opaque and func.namespace not in ("aten", "prims"):
+        opaque = f"of library {func.namespace!r}, which Rekindle does not know"
+    if not opaque and not check:
+        opaque = next((why for tag, why in _UNREPEATABLE_TAGS.items() if tag in tags), "")
+    return Traits(
+        name=name,
+        view=aliased and not writes and not opaque,
+        reshapes=reshapes,
+        writes=() if reshapes else writes,
+        random=torch.Tag.nondeterministic_seeded in tags,
+        opaque=opaque,
+        uninitialised=qualified in UNINITIALISED,
+        overwrites=qualified in OVERWRITES or any(n == "out" for _, n in writes),
+        stats=RUNNING_STATS.get(qualified),
+        check=check,
+        plain=not writes and qualified not in RUNNING_STATS and not any(map(_may_nest, schema.arguments)),
+    )
+
+
+def _may_nest(argument: Any) -> bool:
+    """Whether an argument may be a list of tensors, or a tensor passed by keyword."""
+    kind = str(argument.type)
+    return "Tensor" in kind and (kind.startswith("List") or argument.kwarg_only)
+
+
+def why_opaque(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """Why this very call must not be repeated, for the overloads whose traits say `check`."""
+    if func._schema.name == "aten::index":
+        masks = any(isinstance(i, torch.Tensor) and i.dtype in _BOOLEAN for i in args[1])
+        return "its output shape depends on a mask" if masks else ""
+    source = args[1] if func._schema.name in ("aten::copy_", "aten::copy") else args[0]
+    target = args[0].device if func._schema.name != "aten::_to_copy" else kwargs.get("device") or source.device
+    if torch.device(target).type == "cpu" and source.device.type != "cpu":
+        return "copies from the device to the host"
+    return ""
+
+
+def trains(stats: tuple[tuple[int, int], int | None], args: Sequence[Any]) -> bool:
+    """Whether this call of a normalisation op overwrites its running statistics."""
+    flag = stats[1]
+    return flag is None or bool(args[flag])

@@ -1,0 +1,92 @@
+"""The one place for PyTorch APIs that are not public, each with the reason it is needed.
+
+Tested on torch 2.13.0 (CPU). `tests/eager/test_torch_private.py` checks each fact stated here, so that a new torch
+version which breaks one fails there first.
+
+* Version counters. A tensor made inside `__torch_dispatch__` has a version counter of its own, because the kernel that
+  shares it (`ADInplaceOrView`) has already run. `alias` switches that kernel back on for one `detach`.
+* Dispatch level. Recorded calls were seen below autograd, autocast and every mode; they must be repeated there, or
+  autocast would cast twice and our own recorder would record the repetition.
+* Dynamo. `TorchDispatchMode` wraps its handler in `torch._dynamo.disable`, a third of what a mode costs per op.
+  `never_compile` tells Dynamo's frame evaluator the same once and for all.
+* Graph tasks. The engine numbers each backward pass and runs callbacks at its end. There is no public way to learn
+  either. FSDP and DDP use the same two calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch._C._dynamo import eval_frame
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_AD_INPLACE_OR_VIEW = torch._C.DispatchKey.ADInplaceOrView
+
+current_graph_task: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the backward pass running on this thread, -1 outside of one."""
+
+without_dispatch_modes: Callable[[], AbstractContextManager[Any]] = torch._C._DisableTorchDispatch
+"""Hides one block from every `TorchDispatchMode`; autograd still sees it, so aliases share their version counter."""
+
+
+def alias(tensor: torch.Tensor) -> torch.Tensor:
+    """A detached alias that shares the version counter, made from inside `__torch_dispatch__`."""
+    with torch._C._SetExcludeDispatchKeyGuard(_AD_INPLACE_OR_VIEW, False):
+        return tensor.detach()
+
+
+def never_compile(function: Callable[..., Any]) -> None:
+    """Keep Dynamo out of a function and of all that it calls."""
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+
+
+def when_backward_ends(callback: Callable[[], None]) -> None:
+    """Call `callback` when the backward pass that runs now has finished. It is not called if that pass raises."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def in_func_transform() -> bool:
+    """Whether a `torch.func` transform is active, under which saved-tensor hooks are refused."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class _Probe(TorchDispatchMode):
+    """Reads the dispatcher's thread-local state as a mode's handler sees it."""
+
+    include: Any
+    exclude: Any
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the wrapper would import all of Dynamo
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.include = torch._C._dispatch_tls_local_include_set()
+        self.exclude = torch._C._dispatch_tls_local_exclude_set()
+        return func(*args, **(kwargs or {}))
+
+
+def _handler_level() -> tuple[Any, Any]:
+    probe = _Probe()  # type: ignore[no-untyped-call]
+    with probe, torch.no_grad():
+        torch.empty(0)
+    include = probe.include  # names the Python keys still if another mode was active just now
+    for key in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):
+        include = include.remove(key)
+    return include, probe.exclude
+
+
+_LEVEL: list[tuple[Any, Any]] = []
+
+
+def at_recorded_level() -> AbstractContextManager[Any]:
+    """Run a block where recorded calls were seen: below autograd, autocast, functorch and every mode."""
+    if not _LEVEL:
+        _LEVEL.append(_handler_level())
+    return torch._C._ForceDispatchKeyGuard(*_LEVEL[0])

@@ -1,0 +1,1 @@
+"""Keep, evict and recompute for real."""

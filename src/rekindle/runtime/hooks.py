@@ -1,0 +1,135 @@
+"""What autograd holds instead of a saved tensor, and how it gets the tensor back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from rekindle._errors import SavedTensorModified
+from rekindle.record.activation import Activation
+from rekindle.record.aliasing import Window, look, window_of
+from rekindle.record.modules import ModuleCall
+from rekindle.record.torch_private import (
+    at_recorded_level,
+    current_graph_task,
+    when_backward_ends,
+    without_dispatch_modes,
+)
+
+if TYPE_CHECKING:
+    from rekindle.record.recorder import Recorder
+    from rekindle.runtime.replay import Replayer
+
+
+class Handle:
+    """A saved tensor that may be evicted: a window onto an activation, which it owns."""
+
+    __slots__ = ("__weakref__", "activation", "graph_task", "window")
+
+    def __init__(self, activation: Activation, window: Window) -> None:
+        self.activation = activation
+        self.window = window
+        self.graph_task = -2  # the last backward pass that asked for it
+
+
+class Saved:
+    """A saved tensor that is held as plain autograd would: a leaf, or something never evicted."""
+
+    __slots__ = ("call", "key", "tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor, key: int, call: ModuleCall) -> None:
+        self.tensor = tensor
+        self.version = None if tensor.is_inference() else tensor._version
+        self.key = key
+        self.call = call
+
+
+class SavedTensors:
+    """The pack and unpack hooks of a session."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        replayer: Replayer,
+        saved: Callable[[Activation, ModuleCall], bool],
+    ) -> None:
+        """`saved(activation, call)` decides whether one that autograd saves now is held from now on."""
+        self._recorder = recorder
+        self._replayer = replayer
+        self._saved = saved
+        self._graph_task = -1
+
+    def pack(self, tensor: torch.Tensor) -> Handle | Saved:
+        """Called by autograd when it saves a tensor."""
+        call = self._recorder.modules.current
+        try:
+            tracked = self._recorder.ledger.find(tensor)
+        except (NotImplementedError, RuntimeError):  # sparse, mkldnn: no storage
+            return self._as_it_is(tensor, 0, call)
+        activation = tracked.activation if tracked is not None else None
+        if activation is None or activation.op is None:
+            if activation is not None and self._recorder.tape is not None:
+                self._recorder.tape.saved(activation, call)
+            return self._as_it_is(tensor, tensor.untyped_storage()._cdata, call)
+        return self._handle(tensor, activation, call)
+
+    def unpack(self, packed: Handle | Saved) -> torch.Tensor:
+        """Called by autograd when it wants the tensor back.
+
+        Raises:
+            SavedTensorModified: an in-place operation changed it, which plain autograd refuses too.
+            LeafModified, RecomputeError: it cannot be recomputed.
+        """
+        if isinstance(packed, Saved):
+            return self._check(packed)
+        activation = packed.activation
+        if activation.overwritten or activation.changed():
+            by = activation.overwritten or "a write outside of the session"
+            raise SavedTensorModified(
+                f"one of the variables needed for gradient computation, {activation.describe()}, has been modified by "
+                f"an inplace operation: {by}. Use the out-of-place form of that operation."
+            )
+        graph_task = current_graph_task()
+        if graph_task not in (-1, self._graph_task):
+            self._graph_task = graph_task
+            when_backward_ends(self._replayer.release_retained)
+        packed.graph_task = graph_task
+        base = self._replayer.bring_back(activation, graph_task)
+        with at_recorded_level():
+            tensor = look(base, packed.window)
+        if activation.retained and not activation.pending(graph_task):
+            activation.release()
+        return tensor
+
+    def _handle(self, tensor: torch.Tensor, activation: Activation, call: ModuleCall) -> Handle:
+        recorder = self._recorder
+        recorder.saves += 1
+        if activation.version is None:
+            recorder.first_read(activation, tensor)
+        weak = activation.weak
+        source = weak() if weak is not None else None
+        handle = Handle(activation, activation.window if source is tensor else window_of(tensor))
+        activation.add_handle(handle)
+        if recorder.tape is not None:
+            recorder.tape.saved(activation, call)
+        if activation.held is None and (activation.is_checkpoint or self._saved(activation, call)):
+            with without_dispatch_modes():
+                activation.held = (tensor if source is None else source).detach()
+            recorder.lend(activation)
+        return handle
+
+    def _as_it_is(self, tensor: torch.Tensor, key: int, call: ModuleCall) -> Saved:
+        with without_dispatch_modes():
+            return Saved(tensor.detach(), key, call)
+
+    def _check(self, packed: Saved) -> torch.Tensor:
+        if packed.version is not None and packed.tensor._version != packed.version:
+            what = self._recorder.modules.name_of(packed.key) or f"a tensor of shape {list(packed.tensor.shape)}"
+            raise SavedTensorModified(
+                f"one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{what}, saved in {packed.call.describe()}, is at version {packed.tensor._version}; expected version "
+                f"{packed.version}. Write to it (or step the optimizer) after backward() instead."
+            )
+        return packed.tensor

@@ -1,0 +1,253 @@
+"""Recompute: repeat just the recorded ops that are needed, in their order, and keep no more than is wanted soon."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import ChainMap, Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from rekindle._errors import LeafModified, RecomputeError, RecomputeMismatch, RekindleError
+from rekindle.record.activation import Activation, Op, Ref, Scratch
+from rekindle.record.aliasing import Ledger, look
+from rekindle.record.torch_private import at_recorded_level
+from rekindle.runtime.stats import Stats
+
+Tensor = torch.Tensor
+
+
+class Replayer:
+    """Brings evicted activations back.
+
+    Whatever a replay makes on its way that autograd still waits for in the same backward pass is retained until it is
+    asked for, so that the values of one segment are recomputed once; everything else goes at once.
+    """
+
+    def __init__(self, ledger: Ledger, stats: Callable[[], Stats], name_of: Callable[[int], str]) -> None:
+        """`stats()` is where to count, `name_of(address)` the name of a parameter for error messages."""
+        self._ledger = ledger
+        self._stats = stats
+        self._name_of = name_of
+        self._lock = threading.RLock()
+        self._retained: list[weakref.ref[Activation]] = []
+
+    def bring_back(self, activation: Activation, graph_task: int) -> Tensor:
+        """The bytes of an activation: a tensor on its storage, alive or recomputed.
+
+        Raises:
+            LeafModified: what it would be recomputed from was changed since the forward pass.
+            RecomputeError: an op failed when it was repeated.
+        """
+        with self._lock:
+            base = activation.base()
+            if base is not None:
+                return base
+            stats, start = self._stats(), time.perf_counter()
+            stats.recompute_calls += 1
+            try:
+                return self._recompute(activation, graph_task, stats)
+            except Exception:
+                stats.failed_recomputes += 1
+                raise
+            finally:
+                stats.replay_seconds += time.perf_counter() - start
+
+    def release_retained(self) -> None:
+        """Let go of the recomputed copies that the backward pass, now over, did not ask for."""
+        with self._lock:
+            retained, self._retained = self._retained, []
+            for reference in retained:
+                activation = reference()
+                if activation is not None and activation.retained:
+                    activation.release()
+
+    def _recompute(self, target: Activation, graph_task: int, stats: Stats) -> Tensor:
+        replay = _Replay(self, graph_task)
+        ops = replay.missing(target)
+        with at_recorded_level():
+            mode = torch.is_grad_enabled()
+            try:
+                for op in ops:
+                    torch.set_grad_enabled(op.grad_mode)
+                    replay.repeat(op, target)
+                    stats.ops_replayed += 1
+            finally:
+                torch.set_grad_enabled(mode)
+        if replay.result is None:
+            raise RecomputeError(f"{target.describe()} was not made when its op was repeated")
+        return replay.result
+
+    def lost(self, source: Activation, op: Op) -> LeafModified:
+        """The error for a leaf that changed before `op` could be repeated."""
+        what = self._name_of(source.key) or source.describe()
+        return LeafModified(
+            f"{op.func} in {op.call.describe()} must be recomputed, but {what}, which it read in the forward pass, was "
+            "modified since by an in-place operation. Write to it (or step the optimizer) after backward() instead."
+        )
+
+    def retain(self, activation: Activation, base: Tensor) -> None:
+        """Hold a recomputed copy until the running backward pass no longer wants it."""
+        activation.held, activation.version, activation.retained = base, base._version, True
+        self._retained.append(weakref.ref(activation))
+
+    def track(self, tensor: Tensor, activation: Activation | None) -> None:
+        """Count the bytes of a recomputed copy."""
+        storage = tensor.untyped_storage()
+        tracked = self._ledger.storages.get(storage._cdata)
+        if tracked is None:
+            tracked = self._ledger.track(storage, None, storage.nbytes())
+            tracked.recomputed = True
+        if activation is not None:
+            tracked.lend(activation)
+            tracked.value_id = activation.value_id
+
+
+class _Replay:
+    """One recomputation on its way.
+
+    Attributes:
+        result: the bytes of what was asked for, once they are made.
+        bases: bytes that ops to come will read: alive from the start, or made on the way. Held, so that nothing can
+            evict them meanwhile.
+        made: which of them were made on the way.
+        uses: how many ops to come read each activation that has to be made.
+    """
+
+    __slots__ = ("bases", "graph_task", "made", "replayer", "result", "uses")
+
+    def __init__(self, replayer: Replayer, graph_task: int) -> None:
+        self.replayer = replayer
+        self.graph_task = graph_task
+        self.result: Tensor | None = None
+        self.bases: dict[int, Tensor] = {}
+        self.made: set[int] = set()
+        self.uses: Counter[int] = Counter()
+
+    def missing(self, target: Activation) -> list[Op]:
+        """The ops to repeat, in order."""
+        ops: dict[int, Op] = {}
+        stack = [target]
+        while stack:
+            activation = stack.pop()
+            op = activation.op
+            assert op is not None
+            if op.number in ops:
+                continue
+            ops[op.number] = op
+            for source in op.inputs:
+                if id(source) in self.bases:
+                    continue
+                base = source.base()
+                if base is not None:
+                    self.bases[id(source)] = base
+                elif source.op is None:
+                    raise self.replayer.lost(source, op)
+                else:
+                    stack.append(source)
+        self.uses.update(id(a) for op in ops.values() for a in op.inputs if id(a) not in self.bases)
+        return [ops[number] for number in sorted(ops)]
+
+    def repeat(self, op: Op, target: Activation) -> None:
+        """Run one op again, keep what is wanted of what it makes, let go of what was read for the last time."""
+        for activation, base in self._run(op):
+            if activation is target:
+                self.result = base
+            if self.uses[id(activation)]:
+                self.bases[id(activation)] = base
+                self.made.add(id(activation))
+            if activation.base() is None and activation.pending(self.graph_task):
+                self.replayer.retain(activation, base)
+        for source in op.inputs:
+            if id(source) in self.made:
+                self.uses[id(source)] -= 1
+                if not self.uses[id(source)]:
+                    self.bases.pop(id(source), None)
+
+    def _run(self, op: Op) -> list[tuple[Activation, Tensor]]:
+        targets = {id(old): self._own_copy(old) for old, _ in op.writes if old is not None}
+        scratch: dict[int, Tensor] = {}
+        sources = ChainMap(targets, self.bases)
+        args = [_resolve(arg, sources, scratch) for arg in op.args]
+        kwargs = {name: _resolve(arg, sources, scratch) for name, arg in op.kwargs.items()}
+        results = _flatten(_call(op, args, kwargs))
+        found: list[tuple[Activation, Tensor]] = []
+        for reference, tensor in zip(op.outputs, results, strict=True):
+            if reference is None:
+                continue
+            activation = reference()
+            self.replayer.track(tensor, activation)
+            if activation is not None:
+                _check(op, activation, tensor)
+                found.append((activation, tensor))
+        for slot, (old, new) in enumerate(op.writes):
+            activation = new() if new is not None else None
+            if activation is not None:
+                tensor = targets[id(old)] if old is not None else scratch[slot]
+                self.replayer.track(tensor, activation)
+                found.append((activation, tensor))
+        return found
+
+    def _own_copy(self, old: Activation) -> Tensor:
+        """The bytes that an op will write over: a copy, unless this replay made them and nobody else wants them."""
+        base = self.bases[id(old)]
+        if id(old) in self.made and self.uses[id(old)] == 1 and old.held is not base:
+            return base
+        storage = base.untyped_storage().clone()
+        copy = torch.empty(0, dtype=base.dtype, device=base.device)
+        copy.set_(storage, base.storage_offset(), base.size(), base.stride())
+        self.replayer.track(copy, None)
+        return copy
+
+
+def _call(op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    try:
+        if op.random is None:
+            return op.func(*args, **kwargs)
+        generator, state = op.random
+        before = generator.get_state()
+        try:
+            generator.set_state(state)
+            return op.func(*args, **kwargs)
+        finally:
+            generator.set_state(before)
+    except (RekindleError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise RecomputeError(
+            f"{op.func} in {op.call.describe()} ran in the forward pass but failed when it was repeated: {error}"
+        ) from error
+
+
+def _resolve(arg: Any, sources: Mapping[int, Tensor], scratch: dict[int, Tensor]) -> Any:
+    """A recorded argument as the op wants it. Not a closure that calls itself: such a cycle would hold the tensors."""
+    if isinstance(arg, Ref):
+        return look(sources[id(arg.activation)], arg.window)
+    if isinstance(arg, list):
+        return [_resolve(item, sources, scratch) for item in arg]
+    if isinstance(arg, Scratch):
+        tensor = torch.empty_strided(arg.size, arg.stride, dtype=arg.dtype, device=arg.device)
+        if arg.slot >= 0:
+            scratch[arg.slot] = tensor
+        return tensor
+    return arg
+
+
+def _flatten(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, (list, tuple)):
+        return [tensor for item in result for tensor in _flatten(item)]
+    return []
+
+
+def _check(op: Op, activation: Activation, tensor: Tensor) -> None:
+    nbytes = tensor.untyped_storage().nbytes()
+    if nbytes != activation.nbytes:
+        raise RecomputeMismatch(
+            f"{op.func} in {op.call.describe()} made {activation.nbytes} bytes in the forward pass and {nbytes} when "
+            "it was repeated. Mark its result with session.mark(tensor) to keep it."
+        )

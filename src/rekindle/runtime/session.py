@@ -1,0 +1,223 @@
+"""One managed stretch of forward and backward: the one place that wires record, policy and runtime together."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from contextlib import ExitStack
+from types import TracebackType
+
+import torch
+
+from rekindle._errors import PolicyError, SessionError, UnknownTensor, UnsupportedContext
+from rekindle.graph import Graph, Plan
+from rekindle.policy import Decider, KeepAll, PolicyLike, decider_of, make_plan
+from rekindle.record.activation import Activation
+from rekindle.record.aliasing import Ledger
+from rekindle.record.modules import ModuleStack
+from rekindle.record.recorder import Recorder
+from rekindle.record.tape import Tape
+from rekindle.record.torch_private import in_func_transform
+from rekindle.runtime.decide import Decisions
+from rekindle.runtime.follow import PlanCache
+from rekindle.runtime.hooks import SavedTensors
+from rekindle.runtime.replay import Replayer
+from rekindle.runtime.snapshots import Snapshots
+from rekindle.runtime.stats import Stats
+
+DEFAULT_MIN_NBYTES = 1024
+
+
+class Session:
+    """Trains what runs inside it with fewer stored activations, and the same numbers.
+
+    Use it as a context manager around forward and backward, once a step, as often as you like. What the policy does not
+    keep is evicted as soon as your code lets go of it, and recomputed when the backward pass asks for it; that may also
+    happen after the `with` block.
+
+    Policies that decide from what they see as the step runs (`KeepAll`, `KeepNone`, `EveryN`, `PerModule`) act from the
+    first step. The others need the graph of a whole step: they watch the first one, which runs as plain PyTorch would,
+    and act from the second on, and again so whenever a step runs ops that no earlier one did.
+    """
+
+    def __init__(self, policy: PolicyLike | None = None, *, min_nbytes: int = DEFAULT_MIN_NBYTES) -> None:
+        """Make a session.
+
+        Args:
+            policy: what to keep. Without one, everything that autograd saves is kept.
+            min_nbytes: activations with fewer bytes are always kept; they are not worth a decision.
+
+        Raises:
+            PolicyError: `policy` is not a policy.
+        """
+        if policy is not None and not callable(policy):
+            raise PolicyError(
+                f"policy is {policy!r}, which cannot be called. Write a policy such as "
+                "rekindle.PerModule(Block) or rekindle.KeepNone(), or a function from a Graph to the ids to keep."
+            )
+        self.policy = policy
+        self.snapshots: Snapshots
+        self._finished = Stats()
+        self._step = Stats()
+        self._entry_nbytes = 0
+        self._thread: int | None = None
+        self._stack: ExitStack | None = None
+        self._plans = PlanCache()
+        self._graph: Graph | None = None
+        self._record_next = True
+        me = weakref.ref(self)
+
+        def on_death(activation: Activation, nbytes: int) -> None:
+            session = me()
+            if session is not None:
+                session._count_eviction(activation, nbytes)
+
+        self._ledger = Ledger(on_death)
+        self._modules = ModuleStack()
+        self.snapshots = Snapshots(self._ledger)
+        self._replayer = Replayer(self._ledger, lambda: self._step, self._modules.name_of)
+        self._decisions = Decisions(None, None, self.snapshots, self._step)
+        self._recorder = Recorder(self._ledger, self._modules, self._decisions, min_nbytes)
+        self._saved_tensors = SavedTensors(
+            self._recorder, self._replayer, lambda activation, call: self._decisions.saved(activation, call)
+        )
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Session:
+        self._check_enter()
+        self._begin_step()
+        if isinstance(self.policy, KeepAll) and not self._record_next:
+            return self
+        self._recorder.keeper = self._decisions = self._new_decisions()
+        self._recorder.tape = Tape() if self._record_next else None
+        with ExitStack() as stack:
+            self._modules.open()
+            stack.callback(self._modules.close)
+            stack.enter_context(
+                torch.autograd.graph.saved_tensors_hooks(self._saved_tensors.pack, self._saved_tensors.unpack)
+            )
+            stack.enter_context(self._recorder)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stack, self._stack = self._stack, None
+        self._thread = None
+        if stack is None:
+            return
+        stack.close()
+        tape, self._recorder.tape = self._recorder.tape, None
+        try:
+            if tape is not None and error is None:
+                self._learn(tape)
+        finally:
+            self._recorder.cut()
+        if self._decisions.follower is not None and self._decisions.follower.departed:
+            self._record_next = True
+        if isinstance(error, RuntimeError) and "saved tensor hooks" in str(error) and "torch.func" in str(error):
+            raise UnsupportedContext(
+                "torch.func transforms (grad, vjp, jacrev, hessian) refuse saved-tensor hooks, so they cannot run "
+                "inside a session. Use torch.autograd.grad, or run the transform outside of the `with` block."
+            ) from error
+
+    def _check_enter(self) -> None:
+        if self._thread is not None:
+            where = "this thread" if self._thread == threading.get_ident() else "another thread"
+            raise SessionError(
+                f"the session is already entered, on {where}. Leave the first `with` block before, or make a "
+                "rekindle.Session for each thread."
+            )
+        if in_func_transform():
+            raise UnsupportedContext(
+                "a session cannot be entered inside a torch.func transform, which refuses saved-tensor hooks. Use "
+                "torch.autograd.grad instead of the transform."
+            )
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedContext(
+                "a session cannot be entered while a CUDA graph is captured: a captured graph cannot contain "
+                "evictions. Capture without the session."
+            )
+        self._thread = threading.get_ident()
+
+    def _begin_step(self) -> None:
+        self._close_step()
+        self._step = Stats(steps=1)
+        self._entry_nbytes = self._ledger.peak_nbytes = self._ledger.live_nbytes
+
+    def _close_step(self) -> None:
+        self._finished.add(self.last_step)
+        self._step = Stats()
+
+    def _new_decisions(self) -> Decisions:
+        decider: Decider | None = decider_of(self.policy) if self.policy is not None else None
+        follower = None
+        if decider is None and self.policy is not None:
+            follower = self._plans.follow()
+        return Decisions(decider, follower, self.snapshots, self._step)
+
+    def _learn(self, tape: Tape) -> None:
+        graph = self._graph = tape.graph(self._modules.names())
+        self._record_next = False
+        if self.policy is not None and decider_of(self.policy) is None:
+            self._plans.add(graph, make_plan(self.policy, graph))
+
+    def _count_eviction(self, activation: Activation, nbytes: int) -> None:
+        if any(True for _ in activation.live_handles()):
+            self._step.evicted += 1
+            self._step.evicted_nbytes += nbytes
+
+    # -- what the user asks ------------------------------------------------------------------------------------------
+
+    def mark(self, tensor: torch.Tensor) -> Activation:
+        """Make the activation that `tensor` looks at a checkpoint: it is kept, whatever the policy says.
+
+        Raises:
+            UnknownTensor: the session never saw `tensor`, or does not see now.
+        """
+        tracked = self._ledger.find(tensor) if self._stack is not None else None
+        if tracked is None:
+            where = "the session never saw it" if self._stack is not None else "no step of the session is recorded now"
+            raise UnknownTensor(
+                f"cannot mark a tensor of shape {list(tensor.shape)} and dtype {tensor.dtype}: {where}. Mark what an "
+                "op inside the `with` block returned, inside that block."
+            )
+        activation = tracked.activation
+        if activation is None:
+            activation = self._recorder.leaf(tensor)
+        if not activation.is_checkpoint:
+            self._step.checkpoints += 1
+        activation.is_checkpoint = activation.is_marked = True
+        return activation
+
+    @property
+    def stats(self) -> Stats:
+        """What happened over the session's life."""
+        total = Stats()
+        total.add(self._finished)
+        total.add(self.last_step)
+        return total
+
+    @property
+    def last_step(self) -> Stats:
+        """What happened in the running step, or the last one."""
+        self._step.peak_nbytes = max(0, self._ledger.peak_nbytes - self._entry_nbytes)
+        return self._step
+
+    @property
+    def graph(self) -> Graph | None:
+        """The graph of the last step that was recorded: the first one, and each that ran ops no earlier one did."""
+        return self._graph
+
+    @property
+    def plan(self) -> Plan | None:
+        """The newest plan, for policies that plan from the graph of a step."""
+        return self._plans.planned[0].plan if self._plans.planned else None
+
+    def __repr__(self) -> str:
+        return f"Session(policy={self.policy!r})"
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.stats}"
