@@ -13,6 +13,7 @@ step from below autograd), `runtime` (keep, evict, recompute), `_api` (the verbs
 
 from rekindle._api import apply, remove, session_of
 from rekindle._errors import (
+    BudgetInfeasible,
     BytesError,
     GraphError,
     LeafModified,
@@ -35,6 +36,7 @@ __all__ = [
     "Activation",
     "Balanced",
     "ByDepth",
+    "BudgetInfeasible",
     "BytesError",
     "EveryN",
     "Graph",

@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from rekindle._errors import SessionError
 from rekindle.policy import PolicyLike
-from rekindle.runtime.session import DEFAULT_MIN_NBYTES, Session
+from rekindle.runtime.session import Session
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -29,11 +29,12 @@ _applied: weakref.WeakKeyDictionary[torch.nn.Module, _Applied] = weakref.WeakKey
 _hooks: list[Any] = []
 
 
-def apply(model: Model, policy: PolicyLike | None = None, *, min_nbytes: int = DEFAULT_MIN_NBYTES) -> Model:
+def apply(model: Model, policy: PolicyLike | None = None, **options: Any) -> Model:
     """Run every forward of `model` in a session of its own. Returns the same object.
 
     Each forward is a step; what it evicts is recomputed when the backward pass asks, wherever that is called. The
-    model's type, parameters, hooks, `state_dict` and pickles are as before. `session_of(model)` is the session.
+    model's type, parameters, hooks, `state_dict` and pickles are as before. `session_of(model)` is the session;
+    `options` are those of `Session`.
 
     Raises:
         SessionError: `model` is applied already.
@@ -44,7 +45,7 @@ def apply(model: Model, policy: PolicyLike | None = None, *, min_nbytes: int = D
             f"{type(model).__name__} is applied already, with {_applied[model].session!r}. Call rekindle.remove(model) "
             "first to apply it with another policy."
         )
-    _applied[model] = _Applied(Session(policy, min_nbytes=min_nbytes))
+    _applied[model] = _Applied(Session(policy, **options))
     if not _hooks:
         _hooks.append(register_module_forward_pre_hook(_enter))
         _hooks.append(register_module_forward_hook(_leave, always_call=True))

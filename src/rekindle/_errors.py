@@ -7,6 +7,8 @@ RekindleError
 |-- SessionError           a session used out of turn: entered twice, applied twice
 |-- UnsupportedContext     a place where sessions cannot work: torch.func transforms, CUDA graph capture
 |-- UnknownTensor          a tensor the session never saw
+|-- PressureError          thresholds of memory pressure that make no sense
+|-- BudgetInfeasible       the step does not fit, whatever is evicted
 `-- RecomputeError         what was evicted cannot be brought back
     |-- LeafModified       a parameter or input that it is recomputed from was changed since
     |-- RecomputeMismatch  the op gave something else when it was repeated
@@ -42,6 +44,14 @@ class UnsupportedContext(RekindleError, RuntimeError):
 
 class UnknownTensor(RekindleError, ValueError):
     """A tensor the session never saw."""
+
+
+class PressureError(RekindleError, ValueError):
+    """Thresholds of memory pressure that make no sense."""
+
+
+class BudgetInfeasible(RekindleError, RuntimeError):
+    """The step does not fit into the memory budget, whatever is evicted."""
 
 
 class RecomputeError(RekindleError, RuntimeError):

@@ -55,6 +55,7 @@ class Op:
         call: the module call it ran in.
         grad_mode: whether gradients were enabled; some kernels choose by it.
         number: position in the session's stream of ops; inputs have smaller numbers.
+        seconds: what it took, on the clock of the host.
     """
 
     __slots__ = (
@@ -68,6 +69,7 @@ class Op:
         "number",
         "outputs",
         "random",
+        "seconds",
         "writes",
     )
 
@@ -81,6 +83,7 @@ class Op:
     call: ModuleCall
     grad_mode: bool
     number: int
+    seconds: float
 
     def __repr__(self) -> str:
         return f"{self.func} in {self.call.describe()}"
@@ -103,7 +106,9 @@ class Activation:
         handles: weakly, what autograd saved of it.
         overwritten: the op that wrote over it in the sight of autograd; empty if none did.
         retained: `held` is a recomputed copy, which goes when the running backward pass no longer wants it.
+        snapshot: `held` is a copy made before an in-place write.
         key: address of its storage when it was recorded, to find the parameter's name for an error message.
+        last_use: number of the last op that read it, or of the one before which it was recomputed.
     """
 
     # Class attributes, not slots: most activations never change most of these, and one is made for every op.
@@ -116,7 +121,9 @@ class Activation:
     handles: Sequence[weakref.ref[Any]] = ()
     overwritten = ""
     retained = False
+    snapshot = False
     key = 0
+    last_use = 0
     value_id = -1
 
     def __init__(self, op: Op | None, window: Window, nbytes: int, call: ModuleCall, why_kept: str = "") -> None:
@@ -180,7 +187,7 @@ class Activation:
     def release(self) -> None:
         """Let go of the bytes that Rekindle holds of it."""
         self.held = None  # before `retained`: the storage may die here, and a recomputed copy is no eviction
-        self.retained = False
+        self.retained = self.snapshot = False
 
     def lose(self) -> None:
         """Note that its storage holds something else now."""

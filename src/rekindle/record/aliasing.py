@@ -27,6 +27,15 @@ def window_of(tensor: torch.Tensor) -> Window:
     return window
 
 
+def byte_range(window: Window) -> tuple[int, int]:
+    """The bytes of a storage that a window can touch: from the first up to, not including, the second."""
+    size, stride, offset, dtype = window[:4]
+    if 0 in size:
+        return offset * dtype.itemsize, offset * dtype.itemsize
+    span = sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    return offset * dtype.itemsize, (offset + span + 1) * dtype.itemsize
+
+
 def look(base: torch.Tensor, window: Window) -> torch.Tensor:
     """The tensor that is `window` onto the storage of `base`. Call it at the recorded dispatch level."""
     if window == (base.size(), base.stride(), base.storage_offset(), base.dtype):
@@ -49,16 +58,18 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
     Attributes:
         key: the storage's address.
         nbytes: its size as counted in the live bytes; 0 for one that was there before (a parameter, an input).
+        leaf_nbytes: the size of one that was there before; else 0.
         owned: the value it holds now, while somebody else keeps the bytes alive.
         lent: the same, weakly, while the activation itself holds the bytes: owning it here would keep both for ever.
         recomputed: it holds a replayed copy, whose end is not an eviction.
         value_id: the value it holds now on the tape, -1 if the step is not being taped.
     """
 
-    __slots__ = ("key", "lent", "nbytes", "owned", "recomputed", "value_id")
+    __slots__ = ("key", "leaf_nbytes", "lent", "nbytes", "owned", "recomputed", "value_id")
 
     key: int
     nbytes: int
+    leaf_nbytes: int
     owned: Activation | None
     lent: weakref.ref[Activation] | None
     recomputed: bool
@@ -81,28 +92,52 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
 
 
 class Ledger:
-    """All storages the session has seen that still exist, and how many bytes of them the session's ops made.
+    """All storages the session has seen that still exist, and how many bytes they have.
 
-    Bytes go up when an op returns and down at the moment the storage dies, so `live_nbytes` is exact for everything
-    that reaches the recorder. Temporaries inside a kernel do not.
+    Bytes go up when an op returns and down at the moment the storage dies, so the counts are exact for everything that
+    reaches the recorder. Temporaries inside a kernel do not.
+
+    Attributes:
+        live_nbytes: of the storages that the session's ops made.
+        leaf_nbytes: of those that were there before: parameters, gradients, buffers, inputs.
     """
 
     def __init__(self, on_death: Callable[[Activation, int], None]) -> None:
         """`on_death(activation, nbytes)` is called when the storage of an activation dies."""
         self.storages: dict[int, Tracked] = {}
         self.live_nbytes = 0
+        self.leaf_nbytes = 0
         self.peak_nbytes = 0
         self._on_death = on_death
+
+    @property
+    def total_nbytes(self) -> int:
+        """Bytes of all that the session has seen and that is alive."""
+        return self.live_nbytes + self.leaf_nbytes
 
     def find(self, tensor: torch.Tensor) -> Tracked | None:
         """The record of the tensor's storage, if the session has seen it. Raises for tensors without a storage."""
         return self.storages.get(tensor.untyped_storage()._cdata)
+
+    def track_leaf(self, tensor: torch.Tensor) -> Tracked | None:
+        """Begin to follow what was there before. None for tensors without a storage."""
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):
+            return None
+        tracked = self.storages.get(storage._cdata)
+        if tracked is None:
+            tracked = self.track(storage, None, 0)
+            tracked.leaf_nbytes = storage.nbytes()
+            self.leaf_nbytes += tracked.leaf_nbytes
+        return tracked
 
     def track(self, storage: torch.UntypedStorage, activation: Activation | None, nbytes: int) -> Tracked:
         """Begin to follow a storage; `nbytes` of it count as live."""
         tracked = Tracked(storage, self._died)
         tracked.key = storage._cdata
         tracked.nbytes = nbytes
+        tracked.leaf_nbytes = 0
         tracked.owned = activation
         tracked.lent = None
         tracked.recomputed = False
@@ -120,6 +155,9 @@ class Ledger:
             self.live_nbytes += nbytes - tracked.nbytes
             self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes)
             tracked.nbytes = nbytes
+        else:
+            self.leaf_nbytes += nbytes - tracked.leaf_nbytes
+            tracked.leaf_nbytes = nbytes
 
     def forget_activations(self) -> None:
         """Let go of the values, and so of the ops behind them: what a storage held before the cut is a leaf now."""
@@ -132,6 +170,7 @@ class Ledger:
         if self.storages.get(tracked.key) is tracked:
             del self.storages[tracked.key]
         self.live_nbytes -= tracked.nbytes
+        self.leaf_nbytes -= tracked.leaf_nbytes
         activation = tracked.activation
         tracked.own(None)
         if activation is not None and not tracked.recomputed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +55,9 @@ def types_of(cls: type) -> tuple[str, ...]:
 class ModuleStack:
     """Follows the calls of modules on the thread that opened it."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_root: Callable[[torch.nn.Module], None] | None = None) -> None:
+        """`on_root(module)` is called before each call of an outermost module."""
+        self._on_root = on_root
         self.outside = ModuleCall("", (), None, 0)
         self.current = self.outside
         self.roots: weakref.WeakKeyDictionary[torch.nn.Module, dict[int, str]] = weakref.WeakKeyDictionary()
@@ -111,6 +114,8 @@ class ModuleStack:
 
     def _path(self, module: torch.nn.Module, parent: ModuleCall) -> str:
         if parent is self.outside:
+            if self._on_root is not None:
+                self._on_root(module)
             self._root = self._names(module)
             return ""
         name = self._root.get(id(module))

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rekindle.record.activation import Activation, Op, Ref, Scratch
-from rekindle.record.aliasing import Ledger, Tracked, window_of
+from rekindle.record.aliasing import Ledger, Tracked, byte_range, window_of
 from rekindle.record.modules import ModuleCall, ModuleStack
 from rekindle.record.schema import _CACHE as _TRAITS
 from rekindle.record.schema import Traits, trains, traits_of, why_opaque
@@ -38,8 +38,53 @@ class Keeper(Protocol):
     def read(self, made_in: ModuleCall, read_in: ModuleCall) -> bool:
         """Whether an activation becomes a checkpoint because this call reads it. Asked only if `reads`."""
 
-    def before_write(self, activation: Activation, by: Op | None) -> None:
-        """Called before an op writes over an activation, so that what is still needed of it can be saved."""
+    def before_write(self, activation: Activation, by: Op | None, saved: bool) -> None:
+        """Called before an op writes over an activation, so that what is still needed of it can be saved. `saved` says
+        that autograd will ask for what is there now."""
+
+
+class Room(Protocol):
+    """Who runs ops so that what they allocate fits."""
+
+    watches: bool
+
+    def run(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        call: ModuleCall,
+        random: tuple[torch.Generator, Tensor] | None = None,
+    ) -> Any:
+        """Run an op, after making room for what it allocates."""
+
+
+class Checksums(Protocol):
+    """Who remembers what the bytes of activations were."""
+
+    def take(self, activation: Activation, tensor: Tensor) -> None:
+        """Remember what the bytes are now."""
+
+
+class _Write:
+    """One storage that an op writes.
+
+    Attributes:
+        old: what it holds before.
+        tensor: through which it is written.
+        whole: the op overwrites all of it, without reading it.
+        watch: the tensor through which `old` is known.
+        handles: what autograd saved of `old`.
+        seen: autograd will see the write, if it asks.
+    """
+
+    __slots__ = ("handles", "old", "seen", "tensor", "watch", "whole")
+
+    def __init__(self, old: Activation, tensor: Tensor, whole: bool) -> None:
+        self.old, self.tensor, self.whole = old, tensor, whole
+        self.watch: Tensor | None = None
+        self.handles: list[Any] = []
+        self.seen = True
 
 
 class Recorder(TorchDispatchMode):
@@ -50,18 +95,26 @@ class Recorder(TorchDispatchMode):
         modules: the stack of module calls.
         tape: where the step is written down as a graph, None if it need not be.
         saves: how many tensors autograd saved since the last cut.
+        number: of the last op that may be repeated.
+        checksums: where to remember the bytes of activations, None if nobody will compare them.
     """
 
-    def __init__(self, ledger: Ledger, modules: ModuleStack, keeper: Keeper, min_nbytes: int) -> None:
+    def __init__(
+        self, ledger: Ledger, modules: ModuleStack, keeper: Keeper, room: Room, min_nbytes: int, snapshot: bool
+    ) -> None:
+        """`snapshot` says that what autograd saved survives an in-place write that autograd sees."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = ledger
         self.modules = modules
         self.keeper = keeper
         self.tape: Tape | None = None
         self.saves = 0
+        self.number = 0
+        self.checksums: Checksums | None = None
+        self._room = room
         self._min_nbytes = min_nbytes
+        self._snapshot = snapshot
         self._storages = ledger.storages
-        self._number = 0
         self._next_cut = _OPS_BETWEEN_CUTS
         self._graph_task = -1
 
@@ -69,7 +122,7 @@ class Recorder(TorchDispatchMode):
         """Make every value there is a leaf for the ops to come: a forward never reaches back into an older one."""
         self.ledger.forget_activations()
         self.saves = 0
-        self._next_cut = self._number + _OPS_BETWEEN_CUTS
+        self._next_cut = self.number + _OPS_BETWEEN_CUTS
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -112,7 +165,7 @@ class Recorder(TorchDispatchMode):
         grad_mode: bool,
         backward: bool,
     ) -> Any:
-        self._number = number = self._number + 1
+        self.number = number = self.number + 1
         if number > self._next_cut and not self.saves:
             self.cut()
         op = Op()
@@ -120,7 +173,7 @@ class Recorder(TorchDispatchMode):
         op.call = call = self.modules.current
         op.inputs, op.writes, op.outputs = [], [], []
         opaque = traits.opaque or (why_opaque(func, args, kwargs) if traits.check else "")
-        written: list[tuple[Activation, Tensor, bool]] = []
+        written: list[_Write] = []
         me = weakref.ref(op)
         try:
             if traits.plain:
@@ -132,32 +185,40 @@ class Recorder(TorchDispatchMode):
             return self._pass(func, traits, args, kwargs, backward)
         if traits.random:
             op.random = _generator_state(args, kwargs)
-        watches: list[Tensor | None] = []
-        if written:
-            watches = [_watch(activation) for activation, _, _ in written]
-            for activation, _, whole in written:
-                if not opaque and (activation in op.inputs if whole else activation.op is None):
-                    opaque = OVERWRITTEN_LEAF
-                self.keeper.before_write(activation, op)
+        for write in written:
+            if not opaque and (write.old in op.inputs if write.whole else write.old.op is None):
+                opaque = OVERWRITTEN_LEAF
+            self._before_write(write, op)
 
-        tape = self.tape
-        start = time.perf_counter() if tape is not None else 0.0
-        result = func(*args, **kwargs) if kwargs else func(*args)
-        seconds = time.perf_counter() - start if tape is not None else 0.0
+        start = time.perf_counter()
+        result = self._room.run(func, args, kwargs, call, op.random)
+        op.seconds = time.perf_counter() - start
+        if op.random is not None:
+            self._keep_random(op, *op.random)
 
-        made: list[Activation | None] = []
-        for (old, tensor, whole), watch in zip(written, watches, strict=True):
-            made.append(self._rewrite(op, opaque, old, tensor, whole, watch))
+        made: list[Activation | None] = [self._rewrite(op, opaque, write) for write in written]
         if isinstance(result, Tensor):
             op.outputs.append(self._output(op, traits, opaque, result, call, made))
         elif result is not None:
             for tensor in _tensors(result):
                 op.outputs.append(self._output(op, traits, opaque, tensor, call, made))
+        if self.checksums is not None:
+            for activation in made:
+                if activation is not None and (base := activation.base()) is not None:
+                    self.checksums.take(activation, base)
+        tape = self.tape
         if tape is not None:
             inputs = [tape.value_of(a) for a in op.inputs]
             outputs = [tape.value_of(a) for a in made if a is not None]
-            tape.op(traits.name, inputs, outputs, call, seconds, backward, traits.random)
+            tape.op(traits.name, inputs, outputs, call, op.seconds, backward, traits.random)
         return result
+
+    def _keep_random(self, op: Op, generator: torch.Generator, state: Tensor) -> None:
+        """Count the bytes of the generator's state, or drop it if the op drew nothing, as attention without dropout."""
+        if torch.equal(state, generator.get_state()):
+            op.random = None
+        else:
+            self.ledger.track(state.untyped_storage(), None, state.nbytes)
 
     def _template(
         self,
@@ -166,7 +227,7 @@ class Recorder(TorchDispatchMode):
         traits: Traits,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        written: list[tuple[Activation, Tensor, bool]],
+        written: list[_Write],
     ) -> tuple[list[Any], dict[str, Any]]:
         """The arguments with every tensor replaced, for the ops that write, take lists or have keyword arguments."""
         positions = {position for position, _ in traits.writes}
@@ -188,7 +249,7 @@ class Recorder(TorchDispatchMode):
         op: Op,
         me: weakref.ref[Op],
         traits: Traits,
-        written: list[tuple[Activation, Tensor, bool]],
+        written: list[_Write],
     ) -> Any:
         if isinstance(arg, Tensor):
             return self._target(arg, op, me, traits, written) if target else self._ref(arg, op, me)
@@ -213,6 +274,7 @@ class Recorder(TorchDispatchMode):
                 activation.is_checkpoint = True
                 self.hold(activation, tensor)
         self._reads(activation, op, me)
+        activation.last_use = op.number
         weak = activation.weak
         return Ref(activation, activation.window if weak is not None and weak() is tensor else window_of(tensor))
 
@@ -232,7 +294,7 @@ class Recorder(TorchDispatchMode):
         op: Op,
         me: weakref.ref[Op],
         traits: Traits,
-        written: list[tuple[Activation, Tensor, bool]],
+        written: list[_Write],
     ) -> Ref | Scratch:
         """The argument that is written: the op reads the old version, unless it overwrites all of it."""
         storage = tensor.untyped_storage()
@@ -242,11 +304,11 @@ class Recorder(TorchDispatchMode):
             tracked = self._storages[storage._cdata]
         whole = traits.overwrites and tracked.nbytes > 0 and tensor.numel() * tensor.itemsize == storage.nbytes()
         whole = whole and activation not in op.inputs
-        if any(activation is a for a, _, _ in written):
+        if any(activation is write.old for write in written):
             if whole:
                 raise NotImplementedError("one storage written through two arguments")
         else:
-            written.append((activation, tensor, whole))
+            written.append(_Write(activation, tensor, whole))
         if whole:
             return Scratch(tensor, len(written) - 1)
         self._reads(activation, op, me)
@@ -256,7 +318,7 @@ class Recorder(TorchDispatchMode):
         """A running statistic: written, and never read by anything that will be repeated."""
         tracked = self.ledger.find(tensor)
         if tracked is not None and tracked.activation is not None:
-            self.keeper.before_write(tracked.activation, None)
+            self.keeper.before_write(tracked.activation, None, False)
             tracked.own(None)
         return Scratch(tensor)
 
@@ -273,7 +335,8 @@ class Recorder(TorchDispatchMode):
             activation.held = alias(tensor)
             activation.version = tensor._version
         if tracked is None:
-            tracked = self.ledger.track(storage, None, 0)
+            tracked = self.ledger.track_leaf(tensor)
+            assert tracked is not None
         tracked.lend(activation)
         activation.value_id = tracked.value_id
         return activation
@@ -319,35 +382,44 @@ class Recorder(TorchDispatchMode):
         made.append(activation)
         return weakref.ref(activation)
 
-    def _rewrite(
-        self, op: Op, opaque: str, old: Activation, tensor: Tensor, whole: bool, watch: Tensor | None
-    ) -> Activation | None:
-        """The storage of `old` holds a new value now. None if that value is a leaf, to be seen when it is read.
+    def _before_write(self, write: _Write, op: Op | None) -> None:
+        """Find out what autograd saved of the old version, and save what is still needed of it."""
+        old = write.old
+        write.watch = _watch(old)
+        write.handles = list(old.live_handles())
+        saved = False
+        if write.handles:
+            write.seen = _share_version(write.watch, write.tensor)
+            saved = self._snapshot and write.seen and any(_overlaps(handle, write.tensor) for handle in write.handles)
+        self.keeper.before_write(old, op, saved)
 
-        `watch` is the tensor through which `old` was known before the write.
-        """
+    def _rewrite(self, op: Op, opaque: str, write: _Write) -> Activation | None:
+        """The storage holds a new value now. None if that value is a leaf, to be seen when it is read."""
+        old, tensor, whole = write.old, write.tensor, write.whole
         storage = tensor.untyped_storage()
         tracked = self._storages.get(storage._cdata)
         if tracked is None:  # set_() moved the tensor to a storage nobody has seen
             op.writes.append((old, None))
             return None
-        handles = list(old.live_handles())
-        shared = not handles or _share_version(watch, tensor)
         resized = storage.nbytes() != old.nbytes
         if resized:
             self.ledger.resized(tracked, storage.nbytes())
         new: Activation | None = None
         if not (opaque or resized) and (whole or old.op is not None):
-            source = tensor if watch is None else watch
+            source = tensor if write.watch is None else write.watch
             new = Activation(op, window_of(source), old.nbytes, op.call)
             new.weak = weakref.ref(source)
             new.is_checkpoint = self.keeper.made(str(op.func), op.call)
         op.writes.append((None if whole else old, weakref.ref(new) if new is not None else None))
         tracked.own(new)
-        if handles and shared:
+        if not write.handles:
+            return new
+        if not write.seen:  # a write behind autograd's back, through .data: what it saved is the new content
+            _move_handles(write.handles, new or self._leaf(tensor, tracked))
+        elif not self._snapshot:
             old.overwritten = f"{op.func} in {op.call.describe()}"
-        elif handles:  # a write behind autograd's back, through .data: what it saved is the new content
-            _move_handles(handles, new or self._leaf(tensor, tracked))
+        elif untouched := [handle for handle in write.handles if not _overlaps(handle, tensor)]:
+            _move_handles(untouched, new or self._leaf(tensor, tracked))
         return new
 
     # -- one op that is only counted ---------------------------------------------------------------------------------
@@ -355,19 +427,19 @@ class Recorder(TorchDispatchMode):
     def _pass(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool) -> Any:
         """Run an op that nothing will be recomputed from: in the backward pass, or on tensors without a storage."""
         targets = list(_written(traits, args, kwargs))
-        olds = [(old, t, _watch(old)) for t in targets if (old := self._current(t)) is not None]
-        for old, _, _ in olds:
-            self.keeper.before_write(old, None)
+        written = [_Write(old, tensor, False) for tensor in targets if (old := self._current(tensor)) is not None]
+        for write in written:
+            self._before_write(write, None)
         tape = self.tape
         inputs = tape.values_read(self.ledger, args, kwargs) if tape is not None else []
-        start = time.perf_counter() if tape is not None else 0.0
-        result = func(*args, **kwargs)
-        seconds = time.perf_counter() - start if tape is not None else 0.0
-        if olds:
+        start = time.perf_counter()
+        result = self._room.run(func, args, kwargs, self.modules.current)
+        seconds = time.perf_counter() - start
+        if written:
             op = Op()
             op.func, op.call, op.writes = func, self.modules.current, []
-            for old, tensor, watch in olds:
-                self._rewrite(op, "not recorded", old, tensor, False, watch)
+            for write in written:
+                self._rewrite(op, "not recorded", write)
         new = [tracked for tensor in _tensors(result) if (tracked := self._count(tensor)) is not None]
         if tape is not None:
             outputs = [tape.plain_value(tracked) for tracked in new]
@@ -408,6 +480,13 @@ def _move_handles(handles: list[Any], new: Activation) -> None:
     for handle in handles:
         handle.activation = new
         new.add_handle(handle)
+
+
+def _overlaps(handle: Any, tensor: Tensor) -> bool:
+    """Whether a write through `tensor` may touch the bytes that a handle looks at."""
+    first, last = byte_range(handle.window)
+    start, end = byte_range(window_of(tensor))
+    return first < end and start < last
 
 
 def _watch(activation: Activation) -> Tensor | None:

@@ -9,6 +9,10 @@ version which breaks one fails there first.
   autocast would cast twice and our own recorder would record the repetition.
 * Dynamo. `TorchDispatchMode` wraps its handler in `torch._dynamo.disable`, a third of what a mode costs per op.
   `never_compile` tells Dynamo's frame evaluator the same once and for all.
+* Reports of the CPU allocator. Temporaries inside a kernel show up nowhere else. `torch.profiler` reads them too, but
+  takes milliseconds to start; the older profiler beneath it takes microseconds. Only one can be on: while the user's
+  profiler runs, nothing is measured.
+* References to a storage. Whether letting go of a tensor frees its bytes depends on who else looks at them.
 * Graph tasks. The engine numbers each backward pass and runs callbacks at its end. There is no public way to learn
   either. FSDP and DDP use the same two calls.
 """
@@ -17,10 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any
 
 import torch
+from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy, _profiler_enabled
 from torch._C._dynamo import eval_frame
+from torch._C._profiler import ProfilerConfig, ProfilerState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _AD_INPLACE_OR_VIEW = torch._C.DispatchKey.ADInplaceOrView
@@ -52,6 +59,42 @@ def when_backward_ends(callback: Callable[[], None]) -> None:
 def in_func_transform() -> bool:
     """Whether a `torch.func` transform is active, under which saved-tensor hooks are refused."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def use_count(storage: torch.UntypedStorage) -> int:
+    """How many tensors look at a storage, and one more for the Python object that was passed here."""
+    return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+class AllocatorWatch:
+    """Adds up what the CPU allocator reports on this thread inside a `with` block.
+
+    Attributes:
+        nbytes: allocated and not freed.
+        peak_nbytes: the most there was at any moment.
+        worked: False if another profiler was on, and nothing was added up.
+    """
+
+    __slots__ = ("nbytes", "peak_nbytes", "worked")
+
+    _config = ProfilerConfig(
+        ProfilerState.CPU, False, True, False, False, False, torch._C._profiler._ExperimentalConfig()
+    )
+
+    def __enter__(self) -> AllocatorWatch:
+        self.nbytes = self.peak_nbytes = 0
+        self.worked = not _profiler_enabled()
+        if self.worked:
+            _enable_profiler_legacy(self._config)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self.worked:
+            return
+        for record in chain.from_iterable(_disable_profiler_legacy()):
+            if str(record.kind()) == "memory_alloc":
+                self.nbytes += record.cpu_memory_usage()
+                self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
 
 class _Probe(TorchDispatchMode):

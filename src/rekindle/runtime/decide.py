@@ -51,6 +51,6 @@ class Decisions:
         self._stats.checkpoints += 1
         return True
 
-    def before_write(self, activation: Activation, by: Op | None) -> None:
+    def before_write(self, activation: Activation, by: Op | None, saved: bool) -> None:
         """Save what is still needed of a value that is about to be overwritten."""
-        self._snapshots.before_write(activation, by, self._stats)
+        self._snapshots.before_write(activation, by, saved)

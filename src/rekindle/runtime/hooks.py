@@ -20,6 +20,7 @@ from rekindle.record.torch_private import (
 
 if TYPE_CHECKING:
     from rekindle.record.recorder import Recorder
+    from rekindle.runtime.checksums import Checksums
     from rekindle.runtime.replay import Replayer
 
 
@@ -54,8 +55,12 @@ class SavedTensors:
         recorder: Recorder,
         replayer: Replayer,
         saved: Callable[[Activation, ModuleCall], bool],
+        snapshot: bool,
     ) -> None:
-        """`saved(activation, call)` decides whether one that autograd saves now is held from now on."""
+        """`saved(activation, call)` decides whether one that autograd saves now is held from now on; `snapshot` says
+        that what is saved survives an in-place write."""
+        self.checksums: Checksums | None = None
+        self._snapshot = snapshot
         self._recorder = recorder
         self._replayer = replayer
         self._saved = saved
@@ -69,6 +74,8 @@ class SavedTensors:
         except (NotImplementedError, RuntimeError):  # sparse, mkldnn: no storage
             return self._as_it_is(tensor, 0, call)
         activation = tracked.activation if tracked is not None else None
+        if self._snapshot and not tensor.is_inference():
+            return self._handle(tensor, self._recorder.leaf(tensor) if activation is None else activation, call)
         if activation is None or activation.op is None:
             if activation is not None and self._recorder.tape is not None:
                 self._recorder.tape.saved(activation, call)
@@ -114,7 +121,10 @@ class SavedTensors:
         activation.add_handle(handle)
         if recorder.tape is not None:
             recorder.tape.saved(activation, call)
-        if activation.held is None and (activation.is_checkpoint or self._saved(activation, call)):
+        if self.checksums is not None:
+            self.checksums.compare(activation, tensor, saved=True)
+        wanted = activation.op is None or activation.is_checkpoint
+        if activation.held is None and (wanted or self._saved(activation, call)):
             with without_dispatch_modes():
                 activation.held = (tensor if source is None else source).detach()
             recorder.lend(activation)

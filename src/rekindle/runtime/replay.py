@@ -7,7 +7,8 @@ import time
 import weakref
 from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +17,10 @@ from rekindle.record.activation import Activation, Op, Ref, Scratch
 from rekindle.record.aliasing import Ledger, look
 from rekindle.record.torch_private import at_recorded_level
 from rekindle.runtime.stats import Stats
+
+if TYPE_CHECKING:
+    from rekindle.runtime.checksums import Checksums
+    from rekindle.runtime.room import Room
 
 Tensor = torch.Tensor
 
@@ -27,8 +32,10 @@ class Replayer:
     asked for, so that the values of one segment are recomputed once; everything else goes at once.
     """
 
-    def __init__(self, ledger: Ledger, stats: Callable[[], Stats], name_of: Callable[[int], str]) -> None:
+    def __init__(self, ledger: Ledger, room: Room, stats: Callable[[], Stats], name_of: Callable[[int], str]) -> None:
         """`stats()` is where to count, `name_of(address)` the name of a parameter for error messages."""
+        self.room = room
+        self.checksums: Checksums | None = None
         self._ledger = ledger
         self._stats = stats
         self._name_of = name_of
@@ -89,9 +96,10 @@ class Replayer:
             "modified since by an in-place operation. Write to it (or step the optimizer) after backward() instead."
         )
 
-    def retain(self, activation: Activation, base: Tensor) -> None:
+    def retain(self, activation: Activation, base: Tensor, now: int) -> None:
         """Hold a recomputed copy until the running backward pass no longer wants it."""
         activation.held, activation.version, activation.retained = base, base._version, True
+        activation.last_use = now
         self._retained.append(weakref.ref(activation))
 
     def track(self, tensor: Tensor, activation: Activation | None) -> None:
@@ -129,27 +137,12 @@ class _Replay:
 
     def missing(self, target: Activation) -> list[Op]:
         """The ops to repeat, in order."""
-        ops: dict[int, Op] = {}
-        stack = [target]
-        while stack:
-            activation = stack.pop()
-            op = activation.op
-            assert op is not None
-            if op.number in ops:
-                continue
-            ops[op.number] = op
-            for source in op.inputs:
-                if id(source) in self.bases:
-                    continue
-                base = source.base()
-                if base is not None:
-                    self.bases[id(source)] = base
-                elif source.op is None:
-                    raise self.replayer.lost(source, op)
-                else:
-                    stack.append(source)
-        self.uses.update(id(a) for op in ops.values() for a in op.inputs if id(a) not in self.bases)
-        return [ops[number] for number in sorted(ops)]
+        missing = missing_ops(target)
+        if missing.lost is not None:
+            raise self.replayer.lost(*missing.lost)
+        self.bases = missing.bases
+        self.uses.update(id(a) for op in missing.ops for a in op.inputs if id(a) not in self.bases)
+        return missing.ops
 
     def repeat(self, op: Op, target: Activation) -> None:
         """Run one op again, keep what is wanted of what it makes, let go of what was read for the last time."""
@@ -160,7 +153,7 @@ class _Replay:
                 self.bases[id(activation)] = base
                 self.made.add(id(activation))
             if activation.base() is None and activation.pending(self.graph_task):
-                self.replayer.retain(activation, base)
+                self.replayer.retain(activation, base, op.number)
         for source in op.inputs:
             if id(source) in self.made:
                 self.uses[id(source)] -= 1
@@ -168,12 +161,12 @@ class _Replay:
                     self.bases.pop(id(source), None)
 
     def _run(self, op: Op) -> list[tuple[Activation, Tensor]]:
-        targets = {id(old): self._own_copy(old) for old, _ in op.writes if old is not None}
+        targets = {id(old): self._own_copy(old, op) for old, _ in op.writes if old is not None}
         scratch: dict[int, Tensor] = {}
         sources = ChainMap(targets, self.bases)
         args = [_resolve(arg, sources, scratch) for arg in op.args]
         kwargs = {name: _resolve(arg, sources, scratch) for name, arg in op.kwargs.items()}
-        results = _flatten(_call(op, args, kwargs))
+        results = _flatten(self._call(op, args, kwargs))
         found: list[tuple[Activation, Tensor]] = []
         for reference, tensor in zip(op.outputs, results, strict=True):
             if reference is None:
@@ -183,43 +176,94 @@ class _Replay:
             if activation is not None:
                 _check(op, activation, tensor)
                 found.append((activation, tensor))
+        del results
         for slot, (old, new) in enumerate(op.writes):
             activation = new() if new is not None else None
             if activation is not None:
                 tensor = targets[id(old)] if old is not None else scratch[slot]
                 self.replayer.track(tensor, activation)
                 found.append((activation, tensor))
+        if self.replayer.checksums is not None:
+            for activation, tensor in found:
+                self.replayer.checksums.compare(activation, tensor)
         return found
 
-    def _own_copy(self, old: Activation) -> Tensor:
+    def _own_copy(self, old: Activation, op: Op) -> Tensor:
         """The bytes that an op will write over: a copy, unless this replay made them and nobody else wants them."""
         base = self.bases[id(old)]
         if id(old) in self.made and self.uses[id(old)] == 1 and old.held is not base:
             return base
-        storage = base.untyped_storage().clone()
-        copy = torch.empty(0, dtype=base.dtype, device=base.device)
-        copy.set_(storage, base.storage_offset(), base.size(), base.stride())
+        self.replayer.room.make(old.nbytes, op.func, op.call)
+        copy = clone_storage(base)
         self.replayer.track(copy, None)
         return copy
 
-
-def _call(op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    try:
-        if op.random is None:
-            return op.func(*args, **kwargs)
-        generator, state = op.random
-        before = generator.get_state()
+    def _call(self, op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        run = self.replayer.room.run
         try:
-            generator.set_state(state)
-            return op.func(*args, **kwargs)
-        finally:
-            generator.set_state(before)
-    except (RekindleError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise RecomputeError(
-            f"{op.func} in {op.call.describe()} ran in the forward pass but failed when it was repeated: {error}"
-        ) from error
+            if op.random is None:
+                return run(op.func, args, kwargs, op.call)
+            generator, state = op.random
+            before = generator.get_state()
+            try:
+                generator.set_state(state)
+                return run(op.func, args, kwargs, op.call, op.random)
+            finally:
+                generator.set_state(before)
+        except (RekindleError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise RecomputeError(
+                f"{op.func} in {op.call.describe()} ran in the forward pass but failed when it was repeated: {error}"
+            ) from error
+
+
+@dataclass(slots=True)
+class Missing:
+    """What has to run again to bring an activation back.
+
+    Attributes:
+        ops: in their order, the op that made it included.
+        bases: the live activations that they start from, by id.
+        lost: a leaf that was changed since, and the op that read it: nothing can bring the activation back.
+    """
+
+    ops: list[Op]
+    bases: dict[int, Tensor]
+    lost: tuple[Activation, Op] | None = None
+
+
+def missing_ops(target: Activation, most: int | None = None) -> Missing:
+    """What has to run again if the bytes of `target` are not there; at most `most` ops of it, for an estimate."""
+    ops: dict[int, Op] = {}
+    missing = Missing([], {})
+    stack = [target]
+    while stack and (most is None or len(ops) < most):
+        activation = stack.pop()
+        op = activation.op
+        assert op is not None
+        if op.number in ops:
+            continue
+        ops[op.number] = op
+        for source in op.inputs:
+            if id(source) in missing.bases:
+                continue
+            base = source.base()
+            if base is not None:
+                missing.bases[id(source)] = base
+            elif source.op is not None:
+                stack.append(source)
+            elif missing.lost is None:
+                missing.lost = source, op
+    missing.ops = [ops[number] for number in sorted(ops)]
+    return missing
+
+
+def clone_storage(base: Tensor) -> Tensor:
+    """A copy of the whole storage of `base`, through the same window. Call it at the recorded dispatch level."""
+    storage = base.untyped_storage().clone()
+    copy = torch.empty(0, dtype=base.dtype, device=base.device)
+    return copy.set_(storage, base.storage_offset(), base.size(), base.stride())
 
 
 def _resolve(arg: Any, sources: Mapping[int, Tensor], scratch: dict[int, Tensor]) -> Any:

@@ -6,9 +6,11 @@ import threading
 import weakref
 from contextlib import ExitStack
 from types import TracebackType
+from typing import Literal
 
 import torch
 
+from rekindle._bytes import format_bytes, parse_bytes
 from rekindle._errors import PolicyError, SessionError, UnknownTensor, UnsupportedContext
 from rekindle.graph import Graph, Plan
 from rekindle.policy import Decider, KeepAll, PolicyLike, decider_of, make_plan
@@ -18,10 +20,14 @@ from rekindle.record.modules import ModuleStack
 from rekindle.record.recorder import Recorder
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import in_func_transform
+from rekindle.runtime.checksums import Checksums
 from rekindle.runtime.decide import Decisions
+from rekindle.runtime.eviction import Eviction, EvictionPolicy, Evictor, Sweep
 from rekindle.runtime.follow import PlanCache
 from rekindle.runtime.hooks import SavedTensors
+from rekindle.runtime.pressure import Level, Pressure, default_reader
 from rekindle.runtime.replay import Replayer
+from rekindle.runtime.room import Room
 from rekindle.runtime.snapshots import Snapshots
 from rekindle.runtime.stats import Stats
 
@@ -40,23 +46,44 @@ class Session:
     and act from the second on, and again so whenever a step runs ops that no earlier one did.
     """
 
-    def __init__(self, policy: PolicyLike | None = None, *, min_nbytes: int = DEFAULT_MIN_NBYTES) -> None:
+    def __init__(
+        self,
+        policy: PolicyLike | None = None,
+        *,
+        memory_budget: int | str | None = None,
+        inplace: Literal["strict", "snapshot"] = "strict",
+        verify: bool = False,
+        pressure: Pressure | None = None,
+        min_nbytes: int = DEFAULT_MIN_NBYTES,
+    ) -> None:
         """Make a session.
 
         Args:
-            policy: what to keep. Without one, everything that autograd saves is kept.
+            policy: what to keep. Without one, everything that autograd saves is kept, as far as there is room.
+            memory_budget: the most bytes that may be live while the session is entered, such as "6GiB": parameters,
+                gradients, buffers and inputs that the step touches, and all that its ops allocate. Room is made before
+                each op by evicting what can be recomputed.
+            inplace: with "strict", an in-place write over what autograd saved is an error in the backward pass, as in
+                plain PyTorch; with "snapshot", what was saved survives the write.
+            verify: compare each recomputed activation with a checksum of what it was. Slow.
+            pressure: whose levels start sweeps: safe ones from medium, aggressive ones from high. Without a budget and
+                without this, `session.pressure` tells the level and nothing is evicted by itself.
             min_nbytes: activations with fewer bytes are always kept; they are not worth a decision.
 
         Raises:
             PolicyError: `policy` is not a policy.
+            BytesError: `memory_budget` is not an amount of memory.
+            SessionError: `inplace` is something else.
         """
         if policy is not None and not callable(policy):
             raise PolicyError(
                 f"policy is {policy!r}, which cannot be called. Write a policy such as "
                 "rekindle.PerModule(Block) or rekindle.KeepNone(), or a function from a Graph to the ids to keep."
             )
+        if inplace not in ("strict", "snapshot"):
+            raise SessionError(f'inplace is {inplace!r}. Write inplace="strict" or inplace="snapshot".')
         self.policy = policy
-        self.snapshots: Snapshots
+        self.memory_budget = None if memory_budget is None else parse_bytes(memory_budget)
         self._finished = Stats()
         self._step = Stats()
         self._entry_nbytes = 0
@@ -65,6 +92,7 @@ class Session:
         self._plans = PlanCache()
         self._graph: Graph | None = None
         self._record_next = True
+        self._may_rest = memory_budget is None and pressure is None and inplace == "strict" and not verify
         me = weakref.ref(self)
 
         def on_death(activation: Activation, nbytes: int) -> None:
@@ -72,22 +100,43 @@ class Session:
             if session is not None:
                 session._count_eviction(activation, nbytes)
 
-        self._ledger = Ledger(on_death)
-        self._modules = ModuleStack()
-        self.snapshots = Snapshots(self._ledger)
-        self._replayer = Replayer(self._ledger, lambda: self._step, self._modules.name_of)
-        self._decisions = Decisions(None, None, self.snapshots, self._step)
-        self._recorder = Recorder(self._ledger, self._modules, self._decisions, min_nbytes)
-        self._saved_tensors = SavedTensors(
-            self._recorder, self._replayer, lambda activation, call: self._decisions.saved(activation, call)
+        def stats() -> Stats:
+            session = me()
+            return session._step if session is not None else Stats()
+
+        def count_leaves(module: torch.nn.Module) -> None:
+            session = me()
+            if session is not None:
+                session._count_leaves(module)
+
+        ledger = self._ledger = Ledger(on_death)
+        watches = self.memory_budget is not None or pressure is not None
+        self._modules = ModuleStack(count_leaves if watches else None)
+        self._pressure = (
+            Pressure(default_reader(lambda: ledger.total_nbytes, self.memory_budget)) if pressure is None else pressure
         )
+        self._evictor = Evictor(ledger, stats, lambda: self._recorder.number)
+        room = Room(ledger, self._evictor, self._pressure, self.memory_budget, watches, stats)
+        self.snapshots = Snapshots(ledger, room, stats)
+        self._replayer = Replayer(ledger, room, stats, self._modules.name_of)
+        self._decisions = Decisions(None, None, self.snapshots, self._step)
+        self._recorder = Recorder(ledger, self._modules, self._decisions, room, min_nbytes, inplace == "snapshot")
+        self._saved_tensors = SavedTensors(
+            self._recorder,
+            self._replayer,
+            lambda activation, call: self._decisions.saved(activation, call),
+            inplace == "snapshot",
+        )
+        if verify:
+            checksums = Checksums()
+            self._recorder.checksums = self._saved_tensors.checksums = self._replayer.checksums = checksums
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Session:
         self._check_enter()
         self._begin_step()
-        if isinstance(self.policy, KeepAll) and not self._record_next:
+        if isinstance(self.policy, KeepAll) and not self._record_next and self._may_rest:
             return self
         self._recorder.keeper = self._decisions = self._new_decisions()
         self._recorder.tape = Tape() if self._record_next else None
@@ -164,6 +213,13 @@ class Session:
         if self.policy is not None and decider_of(self.policy) is None:
             self._plans.add(graph, make_plan(self.policy, graph))
 
+    def _count_leaves(self, module: torch.nn.Module) -> None:
+        """Know the bytes of parameters, gradients and buffers before the first op, not when it reads them."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            self._ledger.track_leaf(tensor)
+            if tensor.grad is not None:
+                self._ledger.track_leaf(tensor.grad)
+
     def _count_eviction(self, activation: Activation, nbytes: int) -> None:
         if any(True for _ in activation.live_handles()):
             self._step.evicted += 1
@@ -192,6 +248,38 @@ class Session:
         activation.is_checkpoint = activation.is_marked = True
         return activation
 
+    def try_evict(self, activation: Activation, policy: EvictionPolicy = EvictionPolicy.ALWAYS_SAFE) -> Eviction:
+        """Evict one activation if it can be recomputed; a checkpoint only if `policy` is AGGRESSIVE.
+
+        Returns whether that was done, the bytes freed, and why not.
+        """
+        return self._evictor.try_evict(activation, policy)
+
+    def sweep(self, policy: EvictionPolicy = EvictionPolicy.ALWAYS_SAFE) -> Sweep:
+        """Evict all that `policy` allows, at any moment of a step."""
+        return self._evictor.sweep(policy)
+
+    def sweep_to_target(self, target: int | str, policy: EvictionPolicy = EvictionPolicy.ALWAYS_SAFE) -> Sweep:
+        """Evict until at most `target` bytes (such as "64MiB") are live of what the session's ops made.
+
+        What is no checkpoint goes first, then, if `policy` is AGGRESSIVE and it is still needed, checkpoints, then
+        snapshots.
+
+        Raises:
+            BytesError: `target` is not an amount of memory.
+        """
+        return self._evictor.sweep_to_target(target if target == 0 else parse_bytes(target), policy)
+
+    @property
+    def pressure(self) -> Level:
+        """How near the limit the session is now."""
+        return self._pressure.look()[1]
+
+    @property
+    def live_nbytes(self) -> int:
+        """Bytes that are live now of all that the session's ops made."""
+        return self._ledger.live_nbytes
+
     @property
     def stats(self) -> Stats:
         """What happened over the session's life."""
@@ -217,7 +305,8 @@ class Session:
         return self._plans.planned[0].plan if self._plans.planned else None
 
     def __repr__(self) -> str:
-        return f"Session(policy={self.policy!r})"
+        budget = "" if self.memory_budget is None else f", memory_budget={format_bytes(self.memory_budget)!r}"
+        return f"Session(policy={self.policy!r}{budget})"
 
     def __str__(self) -> str:
         return f"{self!r}\n{self.stats}"

@@ -24,6 +24,9 @@ class Stats:
         replay_seconds: time spent in recomputation, on the clock of the host.
         snapshots: values copied before an in-place write destroyed them.
         snapshot_nbytes: their bytes.
+        sweeps: rounds of evictions.
+        escalations: how often the pressure rose to medium or to high.
+        rescues: second tries of ops that ran out of memory.
         peak_nbytes: most bytes that the ops of one step had allocated and not yet freed, above what was there when the
             session was entered.
     """
@@ -38,6 +41,9 @@ class Stats:
     replay_seconds: float = 0.0
     snapshots: int = 0
     snapshot_nbytes: int = 0
+    sweeps: int = 0
+    escalations: int = 0
+    rescues: int = 0
     peak_nbytes: int = 0
 
     def add(self, other: Stats) -> None:

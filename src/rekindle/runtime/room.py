@@ -1,0 +1,145 @@
+"""Room for an op before it runs, and a second try when there was none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rekindle._bytes import format_bytes
+from rekindle._errors import BudgetInfeasible
+from rekindle.record.aliasing import Ledger
+from rekindle.record.modules import ModuleCall
+from rekindle.record.schema import traits_of
+from rekindle.record.sizes import Sizes
+from rekindle.runtime.eviction import EvictionPolicy, Evictor
+from rekindle.runtime.pressure import Level, Pressure
+from rekindle.runtime.stats import Stats
+
+_RESCUES = 2
+_UNSEEN = 1 << 16  # bytes kept back for what is too small to be recorded: scalars, states of random generators
+_SLACK = 64  # each round of evictions frees this fraction of the budget more than it must, so that rounds are few
+
+
+class Room:
+    """Runs ops so that what they allocate fits.
+
+    Attributes:
+        watches: whether memory is looked at before each op. If not, `run` only rescues.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        evictor: Evictor,
+        pressure: Pressure,
+        budget: int | None,
+        watches: bool,
+        stats: Callable[[], Stats],
+    ) -> None:
+        """`budget` is the most bytes that may be live, None if only the levels of pressure count."""
+        self.watches = watches
+        self._ledger = ledger
+        self._evictor = evictor
+        self._pressure = pressure
+        self._budget = None if budget is None else budget - min(_UNSEEN, budget // _SLACK)
+        self._stats = stats
+        self._sizes = Sizes()
+
+    def run(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        call: ModuleCall,
+        random: tuple[torch.Generator, torch.Tensor] | None = None,
+    ) -> Any:
+        """Run an op, after making room for what it allocates.
+
+        Args:
+            func, args, kwargs: the op.
+            call: the module call it runs in, for error messages.
+            random: the generator it draws from and its state before the op, to draw the same in a second try.
+
+        Raises:
+            BudgetInfeasible: even without everything that can go, the op does not fit.
+        """
+        if not self.watches:
+            try:
+                return func(*args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                return self._rescue(error, func, args, kwargs, random)
+        signature, need, measured = self._sizes.need(func, args, kwargs)
+        self.make(need.nbytes if measured else need.results, func, call, 0 if measured else need.temporaries)
+        try:
+            return func(*args, **kwargs) if measured else self._sizes.run(signature, func, args, kwargs)
+        except torch.OutOfMemoryError as error:
+            return self._rescue(error, func, args, kwargs, random)
+
+    def make(self, nbytes: int, func: Any, call: ModuleCall, guessed: int = 0) -> None:
+        """Make room for `nbytes`, and if it can be had for `guessed` more that may be wanted.
+
+        Raises:
+            BudgetInfeasible: even without everything that can go, `nbytes` do not fit.
+        """
+        if not self.watches:
+            return
+        wanted = nbytes + guessed
+        before, level = self._pressure.look(wanted)
+        if level > before and level >= Level.MEDIUM:
+            self._stats().escalations += 1
+        if self._budget is not None:
+            if self._ledger.total_nbytes + wanted > self._budget:
+                self._fit(nbytes, wanted, func, call)
+        elif level >= Level.MEDIUM:
+            self._relieve(level, wanted)
+
+    def _fit(self, nbytes: int, wanted: int, func: Any, call: ModuleCall) -> None:
+        assert self._budget is not None
+        ledger = self._ledger
+        excess = ledger.total_nbytes + wanted - self._budget
+        target = ledger.live_nbytes - excess - self._budget // _SLACK
+        self._evictor.sweep_to_target(max(0, target), EvictionPolicy.AGGRESSIVE)
+        if ledger.total_nbytes + nbytes <= self._budget:
+            return
+        raise BudgetInfeasible(
+            f"memory_budget is {format_bytes(self._budget)}, but {func} in {call.describe()} needs "
+            f"{format_bytes(nbytes)} and {format_bytes(ledger.total_nbytes)} cannot go: "
+            f"{format_bytes(ledger.leaf_nbytes)} parameters, gradients, buffers and inputs; "
+            f"{self._evictor.what_is_left(EvictionPolicy.AGGRESSIVE)}. Write memory_budget="
+            f'"{-(-(ledger.total_nbytes + nbytes) // 2**20)}MiB" or more, or use a smaller batch.'
+        )
+
+    def _relieve(self, level: Level, wanted: int) -> None:
+        """Bring use back below the threshold of the level, as far as what this level may evict allows."""
+        reader = self._pressure.reader
+        threshold = self._pressure.thresholds[Level.MEDIUM - 1 if level is Level.MEDIUM else Level.HIGH - 1]
+        excess = reader.used() + wanted - int(threshold * reader.limit())
+        if excess <= 0:
+            return
+        policy = EvictionPolicy.ALWAYS_SAFE if level is Level.MEDIUM else EvictionPolicy.AGGRESSIVE
+        self._evictor.sweep_to_target(max(0, self._ledger.live_nbytes - excess), policy)
+
+    def _rescue(
+        self,
+        error: torch.OutOfMemoryError,
+        func: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        random: tuple[torch.Generator, torch.Tensor] | None,
+    ) -> Any:
+        """Sweep and try again, unless the op may have done half of its work already."""
+        traits = traits_of(func)
+        if traits.writes or traits.stats is not None or (traits.random and random is None):
+            raise error
+        for _ in range(_RESCUES):
+            self._stats().rescues += 1
+            self._evictor.sweep(EvictionPolicy.AGGRESSIVE)
+            if random is not None:
+                random[0].set_state(random[1])
+            try:
+                return func(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                continue
+        raise error
