@@ -89,7 +89,8 @@ class PerModule:
                 )
         self.blocks = blocks
         self._classes = frozenset(_qualified(block) for block in blocks if isinstance(block, type))
-        self._names = re.compile("|".join(_translate(block) for block in blocks if isinstance(block, str)) or r"(?!)")
+        names = [_translate(block) for block in blocks if isinstance(block, str)]
+        self._names = re.compile("|".join(names) if names else r"(?!)")  # "" is the name of the whole model
 
     def __call__(self, graph: Graph) -> Plan:
         """Keep the evictable values that cross a boundary, and those outside that autograd saves."""
