@@ -142,12 +142,12 @@ EVERY_POLICY = [
 ]
 
 
-@pytest.mark.parametrize("policy", EVERY_POLICY, ids=repr)
 @unhurried
-@given(graph=graphs())
-def test_any_graph(policy: Any, graph: Graph) -> None:
+@given(graphs())
+def test_any_graph(graph: Graph) -> None:
     """No graph breaks a policy, its plan is legal, and asking again gives the same."""
-    assert make_plan(policy, graph) == make_plan(policy, graph)
+    for policy in EVERY_POLICY:
+        assert make_plan(policy, graph) == make_plan(policy, graph)
 
 
 @pytest.mark.parametrize("policy", EVERY_POLICY, ids=repr)
@@ -187,12 +187,13 @@ def test_the_ratio_is_the_share_kept(policy: Callable[[float], Any], evictable: 
     assert len(kept(policy(above / below), chain(evictable))) == math.ceil(Fraction(above, below) * evictable)
 
 
-@pytest.mark.parametrize("policy", [MemoryOptimal, SpeedOptimal, Balanced])
 @unhurried
 @given(graphs(), st.floats(0, 1, exclude_min=True), st.floats(0, 1, exclude_min=True))
-def test_a_larger_ratio_keeps_no_less(policy: Callable[[float], Any], graph: Graph, one: float, other: float) -> None:
+def test_a_larger_ratio_keeps_no_less(graph: Graph, one: float, other: float) -> None:
     """What a smaller ratio keeps, a larger one keeps too."""
-    assert make_plan(policy(min(one, other)), graph).kept <= make_plan(policy(max(one, other)), graph).kept
+    less, more = sorted((one, other))
+    for policy in (MemoryOptimal, SpeedOptimal, Balanced):
+        assert make_plan(policy(less), graph).kept <= make_plan(policy(more), graph).kept
 
 
 @unhurried
