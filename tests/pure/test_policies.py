@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from paper import OUTSIDE, build, chain, graphs, unhurried
@@ -181,6 +181,7 @@ def test_every_result_of_an_op_costs_the_whole_op() -> None:
     st.integers(0, 40),
     st.integers(1, 500).flatmap(lambda below: st.tuples(st.integers(1, below), st.just(below))),
 )
+@example(25, (7, 25))  # as floats, 7 / 25 * 25 is more than 7
 def test_the_ratio_is_the_share_kept(policy: Callable[[float], Any], evictable: int, ratio: tuple[int, int]) -> None:
     """The share that is asked for, rounded up to whole values whatever the rounding of floats, is kept."""
     above, below = ratio
