@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 
 from rekindle._errors import BytesError
 
@@ -35,7 +36,7 @@ def format_bytes(nbytes: float) -> str:
         return str(nbytes)
     size, unit = abs(nbytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
+        if round(size, 1) < 1024:
             break
         size, unit = size / 1024, larger
     sign = "-" if nbytes < 0 else ""
@@ -54,4 +55,4 @@ def _parse(text: str) -> int:
             f'{text!r} does not say which unit is meant. Write "{number}{prefix}iB" (powers of two) or '
             f'"{number}{prefix}B" (powers of ten).'
         )
-    return math.floor(float(number) * _UNITS[known])
+    return math.floor(Fraction(number) * _UNITS[known])  # a float would lose a byte of 1.001 KB

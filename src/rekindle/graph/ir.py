@@ -116,16 +116,19 @@ class Graph:
 
     @cached_property
     def distances(self) -> tuple[int | None, ...]:
-        """For each value, the fewest forward ops between it and one that no forward op reads (the loss, say)."""
+        """For each value, the fewest forward ops from it to an end of the forward pass: to what an op made that nothing
+        else is computed from (the loss, say). None for what the forward pass neither made nor read.
+
+        A side output that nothing reads (the statistics of a normalisation, the mask of a dropout) is no end: it is as
+        far away as what was made with it.
+        """
         distances: list[int | None] = [None] * len(self.values)
         for op in reversed(self.forward):
+            nearest = min((d for value in op.outputs if (d := distances[value]) is not None), default=0)
             for value in op.outputs:
-                if not self.readers[value]:
-                    distances[value] = 0
-            known = [d for value in op.outputs if (d := distances[value]) is not None]
-            if not known:
-                continue
-            for value in op.inputs:
+                if distances[value] is None:
+                    distances[value] = nearest
+            for value in op.inputs if op.outputs else ():
                 before = distances[value]
-                distances[value] = min(known) + 1 if before is None else min(before, min(known) + 1)
+                distances[value] = nearest + 1 if before is None else min(before, nearest + 1)
         return tuple(distances)

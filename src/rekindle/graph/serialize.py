@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
-from dataclasses import asdict, fields
+import secrets
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short
+from typing import Any, get_args, get_origin, get_type_hints
 
 from rekindle._errors import GraphError
 from rekindle.graph.ir import Call, Graph, Op, Value
@@ -16,6 +17,7 @@ from rekindle.graph.verify import verify_graph
 
 FORMAT = "rekindle.graph"
 VERSION = 1
+_HINTS: dict[type[Any], dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Call, Value, Op)}
 
 
 def graph_to_json(graph: Graph) -> str:
@@ -37,39 +39,35 @@ def graph_from_json(text: str) -> Graph:
     """
     try:
         data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise GraphError(f"this is no JSON: {error}. Write graphs with rekindle.graph.save_graph.") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise GraphError(f"this JSON holds no graph: its format is not {FORMAT!r}")
     if data.get("version") != VERSION:
         raise GraphError(
-            f"the graph has version {data.get('version')!r}, but this Rekindle reads {VERSION}. Record the step again."
+            f"the graph has version {short(data.get('version'))}, but this Rekindle reads {VERSION}. Record the step "
+            "again."
         )
-    try:
-        calls: list[Call] = []
-        for row in data["calls"]:
-            parent = row.pop("parent")
-            calls.append(_make(Call, {**row, "parent": None if parent is None else calls[parent]}))
-        values = tuple(_make(Value, row) for row in data["values"])
-        graph = Graph(tuple(_make(Op, row) for row in data["ops"]), values, tuple(calls))
-        return verify_graph(graph)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, GraphError):
-            raise
-        raise GraphError(f"the graph is damaged: {type(error).__name__}: {error}") from error
+    calls: list[Call] = []
+    for row in _rows(data, "calls"):
+        calls.append(_make(Call, _with_parent(row, calls)))
+    values = tuple(_make(Value, row) for row in _rows(data, "values"))
+    ops = tuple(_make(Op, row) for row in _rows(data, "ops"))
+    return verify_graph(Graph(ops, values, tuple(calls)))
 
 
 def save_graph(graph: Graph, path: str | os.PathLike[str]) -> None:
     """Write a graph to a file. If that fails, a file that was there before stays whole."""
     target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    text = graph_to_json(graph)
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(graph_to_json(graph))
-        os.replace(name, target)
+        with open(draft, "x", encoding="utf-8") as file:  # unlike `tempfile`, which hides files from other users
+            file.write(text)
+        os.replace(draft, target)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(name)
+            draft.unlink()
         raise
 
 
@@ -81,17 +79,55 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
         OSError: it cannot be read.
     """
     try:
-        return graph_from_json(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise GraphError(f"{path} is no text file: {error}") from error
+    return graph_from_json(text)
 
 
 def _plain(item: Call | Value | Op) -> dict[str, Any]:
     """The fields that differ from their defaults: most do not."""
-    row = asdict(item) if not isinstance(item, Call) else {f.name: getattr(item, f.name) for f in fields(item)}
-    defaults = {field.name: field.default for field in fields(item)}
-    return {name: value for name, value in row.items() if value != defaults[name]}
+    row = {field.name: (getattr(item, field.name), field.default) for field in fields(item)}
+    return {name: value for name, (value, default) in row.items() if value != default}
+
+
+def _rows(data: dict[str, Any], section: str) -> list[dict[str, Any]]:
+    rows = data.get(section)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise GraphError(f"the graph is damaged: its {section} are no list of objects")
+    return rows
+
+
+def _with_parent(row: dict[str, Any], calls: list[Call]) -> dict[str, Any]:
+    """The row of a call with its parent in place of the parent's number."""
+    number = row.get("parent")
+    if number is None:
+        return row
+    if type(number) is not int or not 0 <= number < len(calls):
+        raise GraphError(
+            f"the graph is damaged: call {len(calls)} names parent {short(number)}, which is not before it"
+        )
+    return {**row, "parent": calls[number]}
 
 
 def _make(kind: type[Any], row: dict[str, Any]) -> Any:
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    for name, hint in _HINTS[kind].items():
+        if name in arguments and not _fits(arguments[name], hint):
+            raise GraphError(
+                f"the graph is damaged: {name} of {kind.__name__} {short(row)} is not as it should be: {hint}"
+            )
+    try:
+        return kind(**arguments)
+    except TypeError as error:  # a field is missing, or there is one that should not be
+        raise GraphError(f"the graph is damaged: {error}") from error
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether what was read has the annotated type. Unlike for Python, for JSON no bool is an int."""
+    parts = get_args(hint)
+    if get_origin(hint) is tuple:
+        return type(value) is tuple and all(_fits(item, parts[0]) for item in value)
+    if parts:
+        return any(_fits(value, part) for part in parts)
+    return type(value) is hint or (hint is float and type(value) is int)

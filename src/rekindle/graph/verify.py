@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+
 from rekindle._errors import GraphError
-from rekindle.graph.ir import Graph
+from rekindle.graph.ir import Call, Graph, Op
 from rekindle.graph.plan import Plan
 
 _NEIGHBOURS = 2
+_OUTSIDE = Call(0, None, "", ())
 
 
 def verify_graph(graph: Graph) -> Graph:
     """Return `graph`, if it is legal.
 
     Raises:
-        GraphError: a number is not that of its position, an op reads what is not made yet, a value is made twice or by
-            another op than it says, or a module call does not follow its parent.
+        GraphError: a number is not that of its position, an op reads what is not made yet or reads a value twice, a
+            value is made twice or by another op than it says, a leaf is evictable, a module call does not follow its
+            parent, call 0 is that of a module, or a size or time is impossible.
     """
-    for kind, numbers in (
-        ("call", [call.number for call in graph.calls]),
-        ("value", [value.number for value in graph.values]),
-        ("op", [op.number for op in graph.ops]),
-    ):
-        for position, number in enumerate(numbers):
-            if number != position:
-                raise GraphError(f"{kind} {number} stands at position {position}")
-    for call in graph.calls:
-        if call.parent is not None and graph.calls[: call.number].count(call.parent) != 1:
-            raise GraphError(f"call {call.number} ({call.path!r}) does not come after its parent")
+    _verify_numbers(graph)
+    _verify_calls(graph)
+    _verify_values(graph)
     _verify_ops(graph)
-    for value in graph.values:
-        if value.nbytes < 0:
-            raise GraphError(f"value {value.number} has {value.nbytes} bytes")
-        if value.made_by is None and value.evictable:
-            raise GraphError(f"value {value.number} is a leaf and evictable: nothing could bring it back")
-        for number in value.saved_in:
-            if not 0 <= number < len(graph.calls):
-                raise GraphError(f"value {value.number} was saved in call {number}, which does not exist")
     return graph
 
 
@@ -54,29 +42,71 @@ def verify_plan(graph: Graph, plan: Plan) -> Plan:
     return plan
 
 
+def _verify_numbers(graph: Graph) -> None:
+    for kind, numbers in (
+        ("call", [call.number for call in graph.calls]),
+        ("value", [value.number for value in graph.values]),
+        ("op", [op.number for op in graph.ops]),
+    ):
+        for position, number in enumerate(numbers):
+            if number != position:
+                raise GraphError(f"{kind} {number} stands at position {position}")
+
+
+def _verify_calls(graph: Graph) -> None:
+    if not graph.calls or graph.calls[0] != _OUTSIDE:
+        raise GraphError(f"call 0 stands for what runs outside of all modules: it must be {_OUTSIDE}")
+    for call in graph.calls:
+        parent = call.parent
+        if parent is None:
+            continue
+        if not 0 <= parent.number < call.number or graph.calls[parent.number] != parent:
+            raise GraphError(f"call {call.number} ({call.path!r}) does not come after its parent")
+
+
+def _verify_values(graph: Graph) -> None:
+    for value in graph.values:
+        if value.nbytes < 0:
+            raise GraphError(f"value {value.number} has {value.nbytes} bytes")
+        if value.made_by is None and value.evictable:
+            raise GraphError(f"value {value.number} is a leaf and evictable: nothing could bring it back")
+        for number in value.saved_in:
+            if not 0 <= number < len(graph.calls):
+                raise GraphError(f"value {value.number} was saved in call {number}, which does not exist")
+
+
 def _verify_ops(graph: Graph) -> None:
-    made: set[int] = {value.number for value in graph.values if value.made_by is None}
+    made = {value.number for value in graph.values if value.made_by is None}
     for op in graph.ops:
         if not 0 <= op.call < len(graph.calls):
-            raise _wrong(graph, op.number, f"runs in call {op.call}, which does not exist")
+            raise _wrong(graph, op, f"runs in call {op.call}, which does not exist")
+        if not 0 <= op.seconds <= sys.float_info.max:
+            raise _wrong(graph, op, f"takes {op.seconds} seconds")
         for number in op.inputs:
             if number not in made:
-                raise _wrong(graph, op.number, f"reads value {number}, which is not made yet")
+                raise _wrong(graph, op, f"reads value {number}, which is not made yet")
+            if op.inputs.count(number) > 1:
+                raise _wrong(graph, op, f"names value {number} twice among what it reads")
         for number in op.outputs:
             if not 0 <= number < len(graph.values):
-                raise _wrong(graph, op.number, f"makes value {number}, which does not exist")
-            if number in made or graph.values[number].made_by != op.number:
-                raise _wrong(graph, op.number, f"makes value {number}, which op {graph.values[number].made_by} makes")
+                raise _wrong(graph, op, f"makes value {number}, which does not exist")
+            maker = graph.values[number].made_by
+            if maker != op.number:
+                raise _wrong(
+                    graph, op, f"makes value {number}, which {'is a leaf' if maker is None else f'op {maker} makes'}"
+                )
+            if number in made:
+                raise _wrong(graph, op, f"makes value {number} twice")
             made.add(number)
-    missing = [value.number for value in graph.values if value.number not in made]
-    if missing:
-        raise GraphError(f"no op makes value {missing[0]}, though it says op {graph.values[missing[0]].made_by}")
+    for value in graph.values:
+        if value.number not in made:
+            raise GraphError(f"no op makes value {value.number}, though it says op {value.made_by}")
 
 
-def _wrong(graph: Graph, number: int, what: str) -> GraphError:
-    first = max(0, number - _NEIGHBOURS)
+def _wrong(graph: Graph, wrong: Op, what: str) -> GraphError:
+    first = max(0, wrong.number - _NEIGHBOURS)
     lines = [
-        f"{'>' if op.number == number else ' '} {op.number}: {list(op.outputs)} = {op.name}({list(op.inputs)})"
-        for op in graph.ops[first : number + _NEIGHBOURS + 1]
+        f"{'>' if op is wrong else ' '} {op.number}: {list(op.outputs)} = {op.name}({list(op.inputs)})"
+        for op in graph.ops[first : wrong.number + _NEIGHBOURS + 1]
     ]
-    return GraphError("\n".join([f"op {number} {what}:", *lines]))
+    return GraphError("\n".join([f"op {wrong.number} {what}:", *lines]))

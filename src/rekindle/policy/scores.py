@@ -109,11 +109,8 @@ def memory_scores(graph: Graph) -> list[float]:
 
 def speed_scores(graph: Graph) -> list[float]:
     """The score of `SpeedOptimal` for each of `graph.evictable`, in seconds per byte."""
-    return [
-        graph.ops[value.made_by].seconds / max(1, value.nbytes)
-        for value in graph.evictable
-        if value.made_by is not None
-    ]
+    seconds = {value: op.seconds for op in graph.ops for value in op.outputs}
+    return [seconds.get(value.number, 0.0) / max(1, value.nbytes) for value in graph.evictable]
 
 
 def _ranks(scores: Sequence[float]) -> list[float]:
@@ -128,6 +125,6 @@ def _ranks(scores: Sequence[float]) -> list[float]:
 def _highest(graph: Graph, scores: Sequence[float], ratio: float) -> Plan:
     """Keep the share `ratio`, rounded up, of the evictable values; of equal scores the earlier value."""
     values = graph.evictable
-    count = math.ceil(round(ratio * len(values), 6))
+    count = max(1, math.ceil(round(ratio * len(values), 6)))  # 0.07 * 100 is a little more than 7
     best = sorted(range(len(values)), key=lambda index: (-scores[index], index))[:count]
     return Plan(frozenset(values[index].number for index in best))

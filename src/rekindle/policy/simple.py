@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from reprlib import repr as short
 
 from rekindle._errors import PolicyError
 from rekindle.graph import Graph, Plan
@@ -77,13 +79,18 @@ class PerModule:
             raise PolicyError('PerModule needs to know which modules. Write PerModule(Block) or PerModule("layers.*").')
         for block in blocks:
             if not isinstance(block, type | str):
+                several = isinstance(block, Iterable) and not hasattr(block, "forward")
+                instead = (
+                    "PerModule(*blocks) for several" if several else f"PerModule({type(block).__name__}) for its class"
+                )
                 raise PolicyError(
-                    f"PerModule takes module classes and names, not {block!r}. "
-                    f'Write PerModule({type(block).__name__}) for its class, or PerModule("layers.*") for names.'
+                    f"PerModule takes module classes and names, not {short(block)}. "
+                    f'Write {instead}, or PerModule("layers.*") for names.'
                 )
         self.blocks = blocks
         self._classes = frozenset(_qualified(block) for block in blocks if isinstance(block, type))
-        self._names = re.compile("|".join(_translate(block) for block in blocks if isinstance(block, str)) or r"(?!)")
+        names = [_translate(block) for block in blocks if isinstance(block, str)]
+        self._names = re.compile("|".join(names) if names else r"(?!)")  # "" is the name of the whole model
 
     def __call__(self, graph: Graph) -> Plan:
         """Keep the evictable values that cross a boundary, and those outside that autograd saves."""
