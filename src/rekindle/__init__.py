@@ -18,6 +18,7 @@ from rekindle._errors import (
     GraphError,
     LeafModified,
     PolicyError,
+    PressureError,
     RecomputeError,
     RecomputeMismatch,
     RekindleError,
@@ -29,25 +30,36 @@ from rekindle._errors import (
 from rekindle.graph import Graph, Plan, load_graph, save_graph
 from rekindle.policy import Balanced, ByDepth, EveryN, KeepAll, KeepNone, MemoryOptimal, PerModule, SpeedOptimal
 from rekindle.record.activation import Activation
+from rekindle.runtime.eviction import Eviction, EvictionPolicy, Sweep
+from rekindle.runtime.pressure import AcceleratorReader, FakeReader, Level, LiveReader, MemoryReader, Pressure
 from rekindle.runtime.session import Session
 from rekindle.runtime.stats import Stats
 
 __all__ = [
+    "AcceleratorReader",
     "Activation",
     "Balanced",
-    "ByDepth",
     "BudgetInfeasible",
+    "ByDepth",
     "BytesError",
     "EveryN",
+    "Eviction",
+    "EvictionPolicy",
+    "FakeReader",
     "Graph",
     "GraphError",
     "KeepAll",
     "KeepNone",
     "LeafModified",
+    "Level",
+    "LiveReader",
     "MemoryOptimal",
+    "MemoryReader",
     "PerModule",
     "Plan",
     "PolicyError",
+    "Pressure",
+    "PressureError",
     "RecomputeError",
     "RecomputeMismatch",
     "RekindleError",
@@ -56,6 +68,7 @@ __all__ = [
     "SessionError",
     "SpeedOptimal",
     "Stats",
+    "Sweep",
     "UnknownTensor",
     "UnsupportedContext",
     "apply",

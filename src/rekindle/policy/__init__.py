@@ -1,6 +1,6 @@
 """What to keep. Imports no torch."""
 
-from rekindle.policy.base import CallLike, Decider, PolicyLike, decider_of, make_plan
+from rekindle.policy.base import CallLike, Decider, PolicyLike, check_policy, decider_of, make_plan
 from rekindle.policy.scores import Balanced, ByDepth, MemoryOptimal, SpeedOptimal
 from rekindle.policy.simple import EveryN, KeepAll, KeepNone, PerModule
 
@@ -16,6 +16,7 @@ __all__ = [
     "PerModule",
     "PolicyLike",
     "SpeedOptimal",
+    "check_policy",
     "decider_of",
     "make_plan",
 ]

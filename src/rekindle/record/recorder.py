@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rekindle.record.activation import Activation, Op, Ref, Scratch
 from rekindle.record.aliasing import Ledger, Tracked, byte_range, window_of
 from rekindle.record.modules import ModuleCall, ModuleStack
-from rekindle.record.schema import _CACHE as _TRAITS
-from rekindle.record.schema import Traits, trains, traits_of, why_opaque
+from rekindle.record.schema import KNOWN, Traits, trains, traits_of, why_opaque
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import alias, current_graph_task, never_compile, when_backward_ends
 
@@ -58,12 +57,18 @@ class Room(Protocol):
     ) -> Any:
         """Run an op, after making room for what it allocates."""
 
+    def make(self, nbytes: int, func: Any, call: ModuleCall) -> None:
+        """Make room for bytes that are allocated on behalf of an op."""
+
 
 class Checksums(Protocol):
     """Who remembers what the bytes of activations were."""
 
     def take(self, activation: Activation, tensor: Tensor) -> None:
         """Remember what the bytes are now."""
+
+    def compare(self, activation: Activation, tensor: Tensor, *, saved: bool = False) -> None:
+        """See that the bytes are what they were."""
 
 
 class _Write:
@@ -117,6 +122,7 @@ class Recorder(TorchDispatchMode):
         self._storages = ledger.storages
         self._next_cut = _OPS_BETWEEN_CUTS
         self._graph_task = -1
+        self._ask_reads = False
 
     def cut(self) -> None:
         """Make every value there is a leaf for the ops to come: a forward never reaches back into an older one."""
@@ -136,7 +142,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        traits = _TRAITS.get(func) or traits_of(func)
+        traits = KNOWN.get(func) or traits_of(func)
         if traits.view:
             return func(*args, **kwargs) if kwargs else func(*args)
         if types:
@@ -172,6 +178,7 @@ class Recorder(TorchDispatchMode):
         op.func, op.number, op.grad_mode, op.random = func, number, grad_mode, None
         op.call = call = self.modules.current
         op.inputs, op.writes, op.outputs = [], [], []
+        self._ask_reads = self.keeper.reads and not backward  # backward ops run outside of all modules
         opaque = traits.opaque or (why_opaque(func, args, kwargs) if traits.check else "")
         written: list[_Write] = []
         me = weakref.ref(op)
@@ -209,7 +216,7 @@ class Recorder(TorchDispatchMode):
         tape = self.tape
         if tape is not None:
             inputs = [tape.value_of(a) for a in op.inputs]
-            outputs = [tape.value_of(a) for a in made if a is not None]
+            outputs = [tape.made(a) for a in made if a is not None]
             tape.op(traits.name, inputs, outputs, call, op.seconds, backward, traits.random)
         return result
 
@@ -270,7 +277,7 @@ class Recorder(TorchDispatchMode):
         if activation.held is None:
             if activation.why_kept or activation.is_checkpoint:
                 self.hold(activation, tensor)
-            elif self.keeper.reads and self.keeper.read(activation.call, op.call):
+            elif self._ask_reads and self.keeper.read(activation.call, op.call):
                 activation.is_checkpoint = True
                 self.hold(activation, tensor)
         self._reads(activation, op, me)

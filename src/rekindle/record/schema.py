@@ -107,14 +107,15 @@ class Traits:
     plain: bool = False
 
 
-_CACHE: dict[Any, Traits] = {}
+KNOWN: dict[Any, Traits] = {}
+"""The traits of the overloads met so far: `traits_of` without the call, for the recorder."""
 
 
 def traits_of(func: Any) -> Traits:
     """The traits of an overload, worked out once per process."""
-    traits = _CACHE.get(func)
+    traits = KNOWN.get(func)
     if traits is None:
-        traits = _CACHE[func] = _read(func)
+        traits = KNOWN[func] = _read(func)
     return traits
 
 

@@ -14,6 +14,7 @@ from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Ledger, Tracked
 from rekindle.record.modules import ModuleCall
 
+OLDER = "made by an op of an earlier step"
 _bases = itertools.count()  # ids of one tape mean nothing on another
 
 
@@ -49,9 +50,8 @@ class Tape:
             shape, dtype = tuple(activation.window[0]), str(activation.window[3]).removeprefix("torch.")
             base = activation.base()
             device = str(base.device) if base is not None else ""
-            evictable = not activation.why_kept
             activation.value_id = self._add(
-                _Draft(activation.nbytes, None, shape, dtype, device, evictable, why_kept=activation.why_kept)
+                _Draft(activation.nbytes, None, shape, dtype, device, False, why_kept=activation.why_kept or OLDER)
             )
             if activation.key:
                 self._leaf_keys[activation.value_id - self._base] = activation.key
@@ -84,6 +84,13 @@ class Tape:
             if value not in found:
                 found.append(value)
         return found
+
+    def made(self, activation: Activation) -> int:
+        """The id of a value that the op written down next made."""
+        number = self.value_of(activation)
+        draft = self._values[number]
+        draft.evictable, draft.why_kept = not activation.why_kept, activation.why_kept
+        return number
 
     def op(
         self,

@@ -19,8 +19,7 @@ from rekindle.record.torch_private import (
 )
 
 if TYPE_CHECKING:
-    from rekindle.record.recorder import Recorder
-    from rekindle.runtime.checksums import Checksums
+    from rekindle.record.recorder import Checksums, Recorder
     from rekindle.runtime.replay import Replayer
 
 

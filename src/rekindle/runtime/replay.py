@@ -8,19 +8,16 @@ import weakref
 from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from rekindle._errors import LeafModified, RecomputeError, RecomputeMismatch, RekindleError
 from rekindle.record.activation import Activation, Op, Ref, Scratch
 from rekindle.record.aliasing import Ledger, look
+from rekindle.record.recorder import Checksums, Room
 from rekindle.record.torch_private import at_recorded_level
 from rekindle.runtime.stats import Stats
-
-if TYPE_CHECKING:
-    from rekindle.runtime.checksums import Checksums
-    from rekindle.runtime.room import Room
 
 Tensor = torch.Tensor
 

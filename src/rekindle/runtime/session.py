@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from contextlib import ExitStack
 from types import TracebackType
@@ -11,9 +12,9 @@ from typing import Literal
 import torch
 
 from rekindle._bytes import format_bytes, parse_bytes
-from rekindle._errors import PolicyError, SessionError, UnknownTensor, UnsupportedContext
+from rekindle._errors import SessionError, UnknownTensor, UnsupportedContext
 from rekindle.graph import Graph, Plan
-from rekindle.policy import Decider, KeepAll, PolicyLike, decider_of, make_plan
+from rekindle.policy import Decider, KeepAll, PerModule, PolicyLike, check_policy, decider_of, make_plan
 from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Ledger
 from rekindle.record.modules import ModuleStack
@@ -75,11 +76,8 @@ class Session:
             BytesError: `memory_budget` is not an amount of memory.
             SessionError: `inplace` is something else.
         """
-        if policy is not None and not callable(policy):
-            raise PolicyError(
-                f"policy is {policy!r}, which cannot be called. Write a policy such as "
-                "rekindle.PerModule(Block) or rekindle.KeepNone(), or a function from a Graph to the ids to keep."
-            )
+        if policy is not None:
+            check_policy(policy)
         if inplace not in ("strict", "snapshot"):
             raise SessionError(f'inplace is {inplace!r}. Write inplace="strict" or inplace="snapshot".')
         self.policy = policy
@@ -137,6 +135,7 @@ class Session:
         self._check_enter()
         self._begin_step()
         if isinstance(self.policy, KeepAll) and not self._record_next and self._may_rest:
+            self._thread = threading.get_ident()
             return self
         self._recorder.keeper = self._decisions = self._new_decisions()
         self._recorder.tape = Tape() if self._record_next else None
@@ -148,6 +147,7 @@ class Session:
             )
             stack.enter_context(self._recorder)
             self._stack = stack.pop_all()
+        self._thread = threading.get_ident()
         return self
 
     def __exit__(
@@ -189,7 +189,6 @@ class Session:
                 "a session cannot be entered while a CUDA graph is captured: a captured graph cannot contain "
                 "evictions. Capture without the session."
             )
-        self._thread = threading.get_ident()
 
     def _begin_step(self) -> None:
         self._close_step()
@@ -209,9 +208,15 @@ class Session:
 
     def _learn(self, tape: Tape) -> None:
         graph = self._graph = tape.graph(self._modules.names())
-        self._record_next = False
         if self.policy is not None and decider_of(self.policy) is None:
             self._plans.add(graph, make_plan(self.policy, graph))
+        if isinstance(self.policy, PerModule) and (unmatched := self.policy.unmatched(graph)):
+            warnings.warn(
+                f"{self.policy!r}: no module that ran is meant by {', '.join(map(repr, unmatched))}, so nothing is "
+                "evicted for it. Write module classes, or names as in model.named_modules().",
+                stacklevel=3,
+            )
+        self._record_next = False
 
     def _count_leaves(self, module: torch.nn.Module) -> None:
         """Know the bytes of parameters, gradients and buffers before the first op, not when it reads them."""
