@@ -42,7 +42,7 @@ def test_every_error_is_a_rekindle_error(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(ERRORS.keys() - {"RekindleError"}))
 def test_every_error_is_also_one_that_python_knows(name: str) -> None:
     """Code that never heard of Rekindle can handle its errors: wrong arguments are ValueError, others RuntimeError."""
-    about_arguments = {"BytesError", "PolicyError", "GraphError", "UnknownTensor"}
+    about_arguments = {"BytesError", "PolicyError", "PressureError", "GraphError", "UnknownTensor"}
     assert issubclass(ERRORS[name], ValueError) == (name in about_arguments)
     assert issubclass(ERRORS[name], RuntimeError) == (name not in about_arguments)
 

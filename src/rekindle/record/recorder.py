@@ -397,6 +397,8 @@ class Recorder(TorchDispatchMode):
         saved = False
         if write.handles:
             write.seen = _share_version(write.watch, write.tensor)
+            if write.watch is not None and old.version is not None:
+                old.version = write.watch._version  # that look moved it, and nothing is written yet
             saved = self._snapshot and write.seen and any(_overlaps(handle, write.tensor) for handle in write.handles)
         self.keeper.before_write(old, op, saved)
 
