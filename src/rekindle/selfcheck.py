@@ -133,7 +133,7 @@ def _snapshots(device: torch.device) -> Iterator[Figure]:
         yield Figure("bytes in snapshots after the write", _NBYTES, session.snapshots.nbytes)
         loss.backward()
         yield Figure("the value before the write is restored", True, torch.equal(_gradient(weight), before))
-        del loss
+        del loss, hidden
         yield Figure("bytes that the clean-up frees", _NBYTES, session.snapshots.cleanup_stale())
         yield Figure("bytes in snapshots after it", 0, session.snapshots.nbytes)
         yield Figure("the copy is gone", False, mark.is_live)
