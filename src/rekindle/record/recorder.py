@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rekindle.record.activation import Activation, Op, Ref, Scratch
-from rekindle.record.aliasing import Ledger, Tracked, window_of
+from rekindle.record.aliasing import Ledger, Tracked, covers, window_of
 from rekindle.record.modules import ModuleCall, ModuleStack
 from rekindle.record.schema import _CACHE as _TRAITS
 from rekindle.record.schema import Traits, trains, traits_of, why_opaque
@@ -25,6 +25,7 @@ OVERWRITTEN_LEAF = "from an op that writes over what it reads, which nothing cou
 _OPS_BETWEEN_CUTS = 4096
 
 Tensor = torch.Tensor
+_Former = tuple[Activation, Tensor | None, Tensor]  # a value of an older forward, its watch, what writes over it
 
 
 class Keeper(Protocol):
@@ -97,7 +98,7 @@ class Recorder(TorchDispatchMode):
         if traits.reshapes:
             return self._reshape(func, args, kwargs)
         grad_mode = torch.is_grad_enabled()
-        if not grad_mode and (graph_task != -1 or torch.is_inference_mode_enabled()):
+        if (not grad_mode and graph_task != -1) or torch.is_inference_mode_enabled():
             return self._pass(func, traits, args, kwargs, graph_task != -1)
         return self._record(func, traits, args, kwargs, grad_mode, graph_task != -1)
 
@@ -133,12 +134,14 @@ class Recorder(TorchDispatchMode):
         if traits.random:
             op.random = _generator_state(args, kwargs)
         watches: list[Tensor | None] = []
+        past: list[_Former] = []
         if written:
             watches = [_watch(activation) for activation, _, _ in written]
             for activation, _, whole in written:
                 if not opaque and (activation in op.inputs if whole else activation.op is None):
                     opaque = OVERWRITTEN_LEAF
                 self.keeper.before_write(activation, op)
+            past = [former for _, tensor, _ in written for former in self._end_past(tensor, op)]
 
         tape = self.tape
         start = time.perf_counter() if tape is not None else 0.0
@@ -148,6 +151,8 @@ class Recorder(TorchDispatchMode):
         made: list[Activation | None] = []
         for (old, tensor, whole), watch in zip(written, watches, strict=True):
             made.append(self._rewrite(op, opaque, old, tensor, whole, watch))
+        for former, watch, tensor in past:
+            self._displace(op, former, watch, tensor)
         if isinstance(result, Tensor):
             op.outputs.append(self._output(op, traits, opaque, result, call, made))
         elif result is not None:
@@ -171,11 +176,12 @@ class Recorder(TorchDispatchMode):
         """The arguments with every tensor replaced, for the ops that write, take lists or have keyword arguments."""
         positions = {position for position, _ in traits.writes}
         names = {name for _, name in traits.writes}
-        scratch = traits.stats[0] if traits.stats is not None and trains(traits.stats, args) else ()
+        stats = traits.stats[0] if traits.stats is not None else ()
+        training = traits.stats is not None and trains(traits.stats, args)
         new_args: list[Any] = list(args)
         for position, arg in enumerate(args):
-            if position in scratch:
-                new_args[position] = self._scratch(arg) if arg is not None else None
+            if position in stats and arg is not None:
+                new_args[position] = self._scratch(arg) if training else self._frozen(arg, op)
             else:
                 new_args[position] = self._argument(arg, position in positions, op, me, traits, written)
         new_kwargs = {name: self._argument(arg, name in names, op, me, traits, written) for name, arg in kwargs.items()}
@@ -203,7 +209,7 @@ class Recorder(TorchDispatchMode):
             activation = self._leaf(tensor, None)
         else:
             found = tracked.owned or tracked.activation
-            activation = self._leaf(tensor, tracked) if found is None else found
+            activation = self._leaf(tensor, tracked) if found is None or found.stale() else found
             if activation.version is None and activation.op is not None:
                 self.first_read(activation, tensor)
         if activation.held is None:
@@ -237,10 +243,10 @@ class Recorder(TorchDispatchMode):
         """The argument that is written: the op reads the old version, unless it overwrites all of it."""
         storage = tensor.untyped_storage()
         tracked = self._storages.get(storage._cdata)
-        if tracked is None or (activation := tracked.activation) is None:
+        if tracked is None or (activation := tracked.activation) is None or activation.stale():
             activation = self._leaf(tensor, tracked)
             tracked = self._storages[storage._cdata]
-        whole = traits.overwrites and tracked.nbytes > 0 and tensor.numel() * tensor.itemsize == storage.nbytes()
+        whole = traits.overwrites and tracked.nbytes > 0 and covers(tensor, storage.nbytes())
         whole = whole and activation not in op.inputs
         if any(activation is a for a, _, _ in written):
             if whole:
@@ -258,7 +264,21 @@ class Recorder(TorchDispatchMode):
         if tracked is not None and tracked.activation is not None:
             self.keeper.before_write(tracked.activation, None)
             tracked.own(None)
+        self._end_past(tensor, None)
         return Scratch(tensor)
+
+    def _frozen(self, tensor: Tensor, op: Op) -> Ref:
+        """A running statistic that is read: a copy, since training overwrites it without counting a version."""
+        copy = tensor.clone()
+        storage = copy.untyped_storage()
+        activation = Activation(None, window_of(copy), storage.nbytes(), self.modules.current, LEAF)
+        activation.key = tensor.untyped_storage()._cdata
+        activation.held, activation.version = copy, copy._version
+        tracked = self.ledger.track(storage, None, activation.nbytes)
+        tracked.recomputed = True
+        tracked.lend(activation)
+        op.inputs.append(activation)
+        return Ref(activation, activation.window)
 
     def _leaf(self, tensor: Tensor, tracked: Tracked | None) -> Activation:
         """A value that no op of this forward made. It is held: nothing could bring it back."""
@@ -280,8 +300,10 @@ class Recorder(TorchDispatchMode):
 
     def hold(self, activation: Activation, tensor: Tensor) -> None:
         """Keep the bytes of an activation that `tensor` looks at. From inside a dispatch only."""
-        source = activation.weak() if activation.weak is not None else None
+        source = activation.watched()
         activation.held = alias(tensor if source is None else source)
+        if source is None and not tensor.is_inference():
+            activation.version = tensor._version  # another tensor on the same bytes may count its writes apart
         self.lend(activation)
 
     def leaf(self, tensor: Tensor) -> Activation:
@@ -294,12 +316,15 @@ class Recorder(TorchDispatchMode):
         self._storages[activation.held.untyped_storage()._cdata].lend(activation)
 
     def first_read(self, activation: Activation, tensor: Tensor) -> None:
-        """The version of what an in-place op wrote is known only after autograd has counted the write."""
-        weak = activation.weak
-        source = weak() if weak is not None else None
+        """Know a value through `tensor`, if nobody holds the recorded one any more, and its version through that.
+
+        The version of what an in-place op wrote is known only after autograd has counted the write.
+        """
+        source = activation.watched()
         if source is None:
             source = tensor
-            activation.weak, activation.window = weakref.ref(tensor), window_of(tensor)
+            activation.watch(tensor)
+            activation.window = window_of(tensor)
         activation.version = source._version
 
     def _output(
@@ -311,7 +336,7 @@ class Recorder(TorchDispatchMode):
         nbytes = storage.nbytes()
         why = opaque or (SMALL if nbytes < self._min_nbytes else UNINITIALISED if traits.uninitialised else "")
         activation = Activation(None if why else op, window_of(tensor), nbytes, call, why)
-        activation.weak = weakref.ref(tensor)
+        activation.weak, activation.home = weakref.ref(tensor), storage._cdata
         activation.version = tensor._version
         self.ledger.track(storage, activation, nbytes)
         if not why and self.keeper.made(traits.name, call):
@@ -331,8 +356,6 @@ class Recorder(TorchDispatchMode):
         if tracked is None:  # set_() moved the tensor to a storage nobody has seen
             op.writes.append((old, None))
             return None
-        handles = list(old.live_handles())
-        shared = not handles or _share_version(watch, tensor)
         resized = storage.nbytes() != old.nbytes
         if resized:
             self.ledger.resized(tracked, storage.nbytes())
@@ -340,15 +363,31 @@ class Recorder(TorchDispatchMode):
         if not (opaque or resized) and (whole or old.op is not None):
             source = tensor if watch is None else watch
             new = Activation(op, window_of(source), old.nbytes, op.call)
-            new.weak = weakref.ref(source)
+            new.watch(source)
             new.is_checkpoint = self.keeper.made(str(op.func), op.call)
         op.writes.append((None if whole else old, weakref.ref(new) if new is not None else None))
         tracked.own(new)
-        if handles and shared:
+        self._displace(op, old, watch, tensor)
+        return new
+
+    def _displace(self, op: Op, old: Activation, watch: Tensor | None, tensor: Tensor) -> None:
+        """What autograd saved of `old` has been overwritten through `tensor`."""
+        handles = list(old.live_handles())
+        if handles and _share_version(watch, tensor):
             old.overwritten = f"{op.func} in {op.call.describe()}"
         elif handles:  # a write behind autograd's back, through .data: what it saved is the new content
-            _move_handles(handles, new or self._leaf(tensor, tracked))
-        return new
+            tracked = self._storages[tensor.untyped_storage()._cdata]
+            _move_handles(handles, tracked.activation or self._leaf(tensor, tracked))
+
+    def _end_past(self, tensor: Tensor, by: Op | None) -> list[_Former]:
+        """The values of older forwards that are about to be overwritten through `tensor`, made safe."""
+        tracked = self._storages.get(tensor.untyped_storage()._cdata)
+        if tracked is None or not tracked.past:
+            return []
+        past = [(old, _watch(old), tensor) for old in tracked.end_past()]
+        for old, _, _ in past:
+            self.keeper.before_write(old, by)
+        return past
 
     # -- one op that is only counted ---------------------------------------------------------------------------------
 
@@ -358,16 +397,19 @@ class Recorder(TorchDispatchMode):
         olds = [(old, t, _watch(old)) for t in targets if (old := self._current(t)) is not None]
         for old, _, _ in olds:
             self.keeper.before_write(old, None)
+        past = [former for tensor in targets if _has_storage(tensor) for former in self._end_past(tensor, None)]
         tape = self.tape
         inputs = tape.values_read(self.ledger, args, kwargs) if tape is not None else []
         start = time.perf_counter() if tape is not None else 0.0
         result = func(*args, **kwargs)
         seconds = time.perf_counter() - start if tape is not None else 0.0
-        if olds:
+        if olds or past:
             op = Op()
             op.func, op.call, op.writes = func, self.modules.current, []
             for old, tensor, watch in olds:
                 self._rewrite(op, "not recorded", old, tensor, False, watch)
+            for old, watch, tensor in past:
+                self._displace(op, old, watch, tensor)
         new = [tracked for tensor in _tensors(result) if (tracked := self._count(tensor)) is not None]
         if tape is not None:
             outputs = [tape.plain_value(tracked) for tracked in new]
@@ -375,10 +417,9 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _count(self, tensor: Tensor) -> Tracked | None:
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
+        if not _has_storage(tensor):
             return None
+        storage = tensor.untyped_storage()
         if storage._cdata in self._storages:
             return None
         return self.ledger.track(storage, None, storage.nbytes())
@@ -397,11 +438,21 @@ class Recorder(TorchDispatchMode):
         activation = self._current(tensor)
         if activation is not None and activation.weak is not None and activation.weak() is tensor:
             activation.window = window_of(tensor)
+            if activation.op is not None and not any(activation.live_handles()):
+                activation.version = None  # autograd counts a write though the bytes are as they were
         return result
 
     def _backward_ended(self) -> None:
         self._graph_task = -1
         self.cut()
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def _move_handles(handles: list[Any], new: Activation) -> None:
@@ -412,7 +463,7 @@ def _move_handles(handles: list[Any], new: Activation) -> None:
 
 def _watch(activation: Activation) -> Tensor | None:
     """A tensor that shares the version counter of an activation about to be overwritten."""
-    tensor = activation.weak() if activation.weak is not None else None
+    tensor = activation.watched()
     return activation.held if tensor is None else tensor
 
 
