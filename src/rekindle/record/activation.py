@@ -109,6 +109,7 @@ class Activation:
         snapshot: `held` is a copy made before an in-place write.
         key: address of its storage when it was recorded, to find the parameter's name for an error message.
         last_use: number of the last op that read it, or of the one before which it was recomputed.
+        home: address of the storage of `weak`, which the user can move to another one (`tensor.data = other`).
     """
 
     # Class attributes, not slots: most activations never change most of these, and one is made for every op.
@@ -124,6 +125,7 @@ class Activation:
     snapshot = False
     key = 0
     last_use = 0
+    home = 0
     value_id = -1
 
     def __init__(self, op: Op | None, window: Window, nbytes: int, call: ModuleCall, why_kept: str = "") -> None:
@@ -154,19 +156,42 @@ class Activation:
 
     def base(self) -> torch.Tensor | None:
         """A tensor on its live storage; None if the bytes are gone or were changed behind the recorder's back."""
-        base = self.held
-        if base is None and self.weak is not None:
-            base = self.weak()
+        base = self.held if self.held is not None else self.watched()
         if base is None or (self.version is not None and base._version != self.version):
             return None
-        return base
+        return base if base.untyped_storage().nbytes() == self.nbytes else None
+
+    def watched(self) -> torch.Tensor | None:
+        """The recorded tensor, if somebody else holds it and it is still on its storage."""
+        tensor = self.weak() if self.weak is not None else None
+        if tensor is None or tensor.untyped_storage()._cdata != self.home:
+            return None
+        return tensor
+
+    def moved(self) -> bool:
+        """Whether the user gave the recorded tensor another storage: `tensor.data = other`."""
+        tensor = self.weak() if self.weak is not None else None
+        return tensor is not None and tensor.untyped_storage()._cdata != self.home
+
+    def watch(self, tensor: torch.Tensor) -> None:
+        """Know the bytes through `tensor` from now on, without holding it."""
+        self.weak = weakref.ref(tensor)
+        self.home = tensor.untyped_storage()._cdata
 
     def changed(self) -> bool:
         """Whether somebody wrote to it where the recorder could not see, such as outside of the session."""
+        base = self.held if self.held is not None else self.watched()
+        return base is not None and self.version is not None and base._version != self.version
+
+    def stale(self) -> bool:
+        """The same, for each read: a kernel that no dispatcher sees may have written, as `ctx.mark_dirty` then says."""
+        version = self.version
+        if version is None:
+            return False
         base = self.held
         if base is None and self.weak is not None:
             base = self.weak()
-        return base is not None and self.version is not None and base._version != self.version
+        return base is not None and base._version != version
 
     def is_source(self, but: Op | None = None) -> bool:
         """Whether something else may have to be recomputed from it, other than by `but`."""

@@ -7,7 +7,7 @@ recorder finds a tensor's value by the identity of its storage, so views need no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,10 +38,11 @@ def byte_range(window: Window) -> tuple[int, int]:
 
 def look(base: torch.Tensor, window: Window) -> torch.Tensor:
     """The tensor that is `window` onto the storage of `base`. Call it at the recorded dispatch level."""
-    if window == (base.size(), base.stride(), base.storage_offset(), base.dtype):
+    lazy = base.is_conj() or base.is_neg()
+    if not lazy and window == (base.size(), base.stride(), base.storage_offset(), base.dtype):
         return base
     size, stride, offset, dtype = window[:4]
-    if base.dtype is dtype and not base.is_conj() and not base.is_neg():
+    if base.dtype is dtype and not lazy:
         tensor = base.as_strided(size, stride, offset)
     else:
         empty = torch.empty(0, dtype=dtype, device=base.device)
@@ -50,6 +51,23 @@ def look(base: torch.Tensor, window: Window) -> torch.Tensor:
         tensor = tensor.conj() if window[4] else tensor
         tensor = tensor._neg_view() if window[5] else tensor
     return tensor
+
+
+def covers(tensor: torch.Tensor, nbytes: int) -> bool:
+    """Whether writing all of `tensor` writes every byte of its storage of `nbytes`, each once and as it is given."""
+    if tensor.numel() * tensor.itemsize != nbytes or tensor.is_conj() or tensor.is_neg():
+        return False
+    return tensor.is_contiguous() or _is_dense(tensor)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether no two elements share an address and none between them is left out."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 class Tracked(weakref.ref[torch.UntypedStorage]):
@@ -61,17 +79,20 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
         leaf_nbytes: the size of one that was there before; else 0.
         owned: the value it holds now, while somebody else keeps the bytes alive.
         lent: the same, weakly, while the activation itself holds the bytes: owning it here would keep both for ever.
+        past: weakly, the values from before a cut that it holds still: ops to come must not read them, but a write
+            destroys them too.
         recomputed: it holds a replayed copy, whose end is not an eviction.
         value_id: the value it holds now on the tape, -1 if the step is not being taped.
     """
 
-    __slots__ = ("key", "leaf_nbytes", "lent", "nbytes", "owned", "recomputed", "value_id")
+    __slots__ = ("key", "leaf_nbytes", "lent", "nbytes", "owned", "past", "recomputed", "value_id")
 
     key: int
     nbytes: int
     leaf_nbytes: int
     owned: Activation | None
     lent: weakref.ref[Activation] | None
+    past: Sequence[weakref.ref[Activation]]
     recomputed: bool
     value_id: int
 
@@ -89,6 +110,19 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
     def lend(self, activation: Activation) -> None:
         """The storage holds this value now, and the activation itself keeps its bytes alive."""
         self.owned, self.lent = None, weakref.ref(activation)
+
+    def forget(self) -> None:
+        """Make what the storage holds a leaf for the ops to come."""
+        activation = self.activation
+        past = [activation, *(reference() for reference in self.past)]
+        self.past = [weakref.ref(a) for a in past if a is not None]
+        self.own(None)
+        self.value_id = -1
+
+    def end_past(self) -> list[Activation]:
+        """The values from before a cut, which a write is about to destroy."""
+        past, self.past = self.past, ()
+        return [activation for reference in past if (activation := reference()) is not None]
 
 
 class Ledger:
@@ -140,6 +174,7 @@ class Ledger:
         tracked.leaf_nbytes = 0
         tracked.owned = activation
         tracked.lent = None
+        tracked.past = ()
         tracked.recomputed = False
         tracked.value_id = -1
         self.storages[tracked.key] = tracked
@@ -162,8 +197,7 @@ class Ledger:
     def forget_activations(self) -> None:
         """Let go of the values, and so of the ops behind them: what a storage held before the cut is a leaf now."""
         for tracked in list(self.storages.values()):
-            tracked.own(None)
-            tracked.value_id = -1
+            tracked.forget()
 
     def _died(self, tracked: weakref.ref[torch.UntypedStorage]) -> None:
         assert isinstance(tracked, Tracked)

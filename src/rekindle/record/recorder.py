@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rekindle.record.activation import Activation, Op, Ref, Scratch
-from rekindle.record.aliasing import Ledger, Tracked, byte_range, window_of
+from rekindle.record.aliasing import Ledger, Tracked, byte_range, covers, window_of
 from rekindle.record.modules import ModuleCall, ModuleStack
 from rekindle.record.schema import KNOWN, Traits, trains, traits_of, why_opaque
 from rekindle.record.tape import Tape
@@ -81,15 +81,17 @@ class _Write:
         watch: the tensor through which `old` is known.
         handles: what autograd saved of `old`.
         seen: autograd will see the write, if it asks.
+        intact: nobody has written to it yet where the recorder could not see.
     """
 
-    __slots__ = ("handles", "old", "seen", "tensor", "watch", "whole")
+    __slots__ = ("handles", "intact", "old", "seen", "tensor", "watch", "whole")
 
     def __init__(self, old: Activation, tensor: Tensor, whole: bool) -> None:
         self.old, self.tensor, self.whole = old, tensor, whole
-        self.watch: Tensor | None = None
-        self.handles: list[Any] = []
+        self.watch = _watch(old)
+        self.handles = list(old.live_handles())
         self.seen = True
+        self.intact = not old.changed()
 
 
 class Recorder(TorchDispatchMode):
@@ -156,7 +158,7 @@ class Recorder(TorchDispatchMode):
         if traits.reshapes:
             return self._reshape(func, args, kwargs)
         grad_mode = torch.is_grad_enabled()
-        if not grad_mode and (graph_task != -1 or torch.is_inference_mode_enabled()):
+        if (not grad_mode and graph_task != -1) or torch.is_inference_mode_enabled():
             return self._pass(func, traits, args, kwargs, graph_task != -1)
         return self._record(func, traits, args, kwargs, grad_mode, graph_task != -1)
 
@@ -192,9 +194,11 @@ class Recorder(TorchDispatchMode):
             return self._pass(func, traits, args, kwargs, backward)
         if traits.random:
             op.random = _generator_state(args, kwargs)
+        past = [former for write in written for former in self._past(write.tensor)]
         for write in written:
             if not opaque and (write.old in op.inputs if write.whole else write.old.op is None):
                 opaque = OVERWRITTEN_LEAF
+        for write in (*written, *past):
             self._before_write(write, op)
 
         start = time.perf_counter()
@@ -204,6 +208,8 @@ class Recorder(TorchDispatchMode):
             self._keep_random(op, *op.random)
 
         made: list[Activation | None] = [self._rewrite(op, opaque, write) for write in written]
+        for write in past:
+            self._displace(op, write)
         if isinstance(result, Tensor):
             op.outputs.append(self._output(op, traits, opaque, result, call, made))
         elif result is not None:
@@ -239,11 +245,12 @@ class Recorder(TorchDispatchMode):
         """The arguments with every tensor replaced, for the ops that write, take lists or have keyword arguments."""
         positions = {position for position, _ in traits.writes}
         names = {name for _, name in traits.writes}
-        scratch = traits.stats[0] if traits.stats is not None and trains(traits.stats, args) else ()
+        stats = traits.stats[0] if traits.stats is not None else ()
+        training = traits.stats is not None and trains(traits.stats, args)
         new_args: list[Any] = list(args)
         for position, arg in enumerate(args):
-            if position in scratch:
-                new_args[position] = self._scratch(arg) if arg is not None else None
+            if position in stats and arg is not None:
+                new_args[position] = self._scratch(arg) if training else self._frozen(arg, op)
             else:
                 new_args[position] = self._argument(arg, position in positions, op, me, traits, written)
         new_kwargs = {name: self._argument(arg, name in names, op, me, traits, written) for name, arg in kwargs.items()}
@@ -271,7 +278,7 @@ class Recorder(TorchDispatchMode):
             activation = self._leaf(tensor, None)
         else:
             found = tracked.owned or tracked.activation
-            activation = self._leaf(tensor, tracked) if found is None else found
+            activation = self._leaf(tensor, tracked) if found is None or found.stale() else found
             if activation.version is None and activation.op is not None:
                 self.first_read(activation, tensor)
         if activation.held is None:
@@ -306,10 +313,10 @@ class Recorder(TorchDispatchMode):
         """The argument that is written: the op reads the old version, unless it overwrites all of it."""
         storage = tensor.untyped_storage()
         tracked = self._storages.get(storage._cdata)
-        if tracked is None or (activation := tracked.activation) is None:
+        if tracked is None or (activation := tracked.activation) is None or activation.stale():
             activation = self._leaf(tensor, tracked)
             tracked = self._storages[storage._cdata]
-        whole = traits.overwrites and tracked.nbytes > 0 and tensor.numel() * tensor.itemsize == storage.nbytes()
+        whole = traits.overwrites and tracked.nbytes > 0 and covers(tensor, storage.nbytes())
         whole = whole and activation not in op.inputs
         if any(activation is write.old for write in written):
             if whole:
@@ -327,7 +334,22 @@ class Recorder(TorchDispatchMode):
         if tracked is not None and tracked.activation is not None:
             self.keeper.before_write(tracked.activation, None, False)
             tracked.own(None)
+        for former in self._past(tensor):
+            self.keeper.before_write(former.old, None, False)
         return Scratch(tensor)
+
+    def _frozen(self, tensor: Tensor, op: Op) -> Ref:
+        """A running statistic that is read: a copy, since training overwrites it without counting a version."""
+        copy = tensor.clone()
+        storage = copy.untyped_storage()
+        activation = Activation(None, window_of(copy), storage.nbytes(), self.modules.current, LEAF)
+        activation.key = tensor.untyped_storage()._cdata
+        activation.held, activation.version = copy, copy._version
+        tracked = self.ledger.track(storage, None, activation.nbytes)
+        tracked.recomputed = True
+        tracked.lend(activation)
+        op.inputs.append(activation)
+        return Ref(activation, activation.window)
 
     def _leaf(self, tensor: Tensor, tracked: Tracked | None) -> Activation:
         """A value that no op of this forward made. It is held: nothing could bring it back."""
@@ -350,8 +372,10 @@ class Recorder(TorchDispatchMode):
 
     def hold(self, activation: Activation, tensor: Tensor) -> None:
         """Keep the bytes of an activation that `tensor` looks at. From inside a dispatch only."""
-        source = activation.weak() if activation.weak is not None else None
+        source = activation.watched()
         activation.held = alias(tensor if source is None else source)
+        if source is None and not tensor.is_inference():
+            activation.version = tensor._version  # another tensor on the same bytes may count its writes apart
         self.lend(activation)
 
     def leaf(self, tensor: Tensor) -> Activation:
@@ -364,12 +388,15 @@ class Recorder(TorchDispatchMode):
         self._storages[activation.held.untyped_storage()._cdata].lend(activation)
 
     def first_read(self, activation: Activation, tensor: Tensor) -> None:
-        """The version of what an in-place op wrote is known only after autograd has counted the write."""
-        weak = activation.weak
-        source = weak() if weak is not None else None
+        """Know a value through `tensor`, if nobody holds the recorded one any more, and its version through that.
+
+        The version of what an in-place op wrote is known only after autograd has counted the write.
+        """
+        source = activation.watched()
         if source is None:
             source = tensor
-            activation.weak, activation.window = weakref.ref(tensor), window_of(tensor)
+            activation.watch(tensor)
+            activation.window = window_of(tensor)
         activation.version = source._version
 
     def _output(
@@ -381,7 +408,7 @@ class Recorder(TorchDispatchMode):
         nbytes = storage.nbytes()
         why = opaque or (SMALL if nbytes < self._min_nbytes else UNINITIALISED if traits.uninitialised else "")
         activation = Activation(None if why else op, window_of(tensor), nbytes, call, why)
-        activation.weak = weakref.ref(tensor)
+        activation.weak, activation.home = weakref.ref(tensor), storage._cdata
         activation.version = tensor._version
         self.ledger.track(storage, activation, nbytes)
         if not why and self.keeper.made(traits.name, call):
@@ -390,16 +417,15 @@ class Recorder(TorchDispatchMode):
         return weakref.ref(activation)
 
     def _before_write(self, write: _Write, op: Op | None) -> None:
-        """Find out what autograd saved of the old version, and save what is still needed of it."""
+        """Save what is still needed of the old version."""
         old = write.old
-        write.watch = _watch(old)
-        write.handles = list(old.live_handles())
         saved = False
         if write.handles:
             write.seen = _share_version(write.watch, write.tensor)
-            if write.watch is not None and old.version is not None:
-                old.version = write.watch._version  # that look moved it, and nothing is written yet
             saved = self._snapshot and write.seen and any(_overlaps(handle, write.tensor) for handle in write.handles)
+        known = old.held if old.held is not None else write.watch
+        if write.intact and known is not None and old.version is not None:
+            old.version = known._version  # looking whether it is shared moved it, and nothing is written yet
         self.keeper.before_write(old, op, saved)
 
     def _rewrite(self, op: Op, opaque: str, write: _Write) -> Activation | None:
@@ -417,19 +443,34 @@ class Recorder(TorchDispatchMode):
         if not (opaque or resized) and (whole or old.op is not None):
             source = tensor if write.watch is None else write.watch
             new = Activation(op, window_of(source), old.nbytes, op.call)
-            new.weak = weakref.ref(source)
+            new.watch(source)
             new.is_checkpoint = self.keeper.made(str(op.func), op.call)
         op.writes.append((None if whole else old, weakref.ref(new) if new is not None else None))
         tracked.own(new)
-        if not write.handles:
-            return new
-        if not write.seen:  # a write behind autograd's back, through .data: what it saved is the new content
-            _move_handles(write.handles, new or self._leaf(tensor, tracked))
-        elif not self._snapshot:
-            old.overwritten = f"{op.func} in {op.call.describe()}"
-        elif untouched := [handle for handle in write.handles if not _overlaps(handle, tensor)]:
-            _move_handles(untouched, new or self._leaf(tensor, tracked))
+        self._displace(op, write)
         return new
+
+    def _displace(self, op: Op, write: _Write) -> None:
+        """See to what autograd saved of a value that has been overwritten."""
+        tensor, handles = write.tensor, write.handles
+        if not handles:
+            return
+        if write.seen and not self._snapshot:
+            write.old.overwritten = f"{op.func} in {op.call.describe()}"
+            return
+        if write.seen:
+            handles = [handle for handle in handles if not _overlaps(handle, tensor)]
+        # A write behind autograd's back, through .data, or one that does not touch: what it saved is there still.
+        tracked = self._storages[tensor.untyped_storage()._cdata]
+        if handles:
+            _move_handles(handles, tracked.activation or self._leaf(tensor, tracked))
+
+    def _past(self, tensor: Tensor) -> list[_Write]:
+        """The values of older forwards that are about to be overwritten through `tensor`."""
+        tracked = self._storages.get(tensor.untyped_storage()._cdata)
+        if tracked is None or not tracked.past:
+            return []
+        return [_Write(old, tensor, False) for old in tracked.end_past()]
 
     # -- one op that is only counted ---------------------------------------------------------------------------------
 
@@ -437,18 +478,21 @@ class Recorder(TorchDispatchMode):
         """Run an op that nothing will be recomputed from: in the backward pass, or on tensors without a storage."""
         targets = list(_written(traits, args, kwargs))
         written = [_Write(old, tensor, False) for tensor in targets if (old := self._current(tensor)) is not None]
-        for write in written:
+        past = [former for tensor in targets if _has_storage(tensor) for former in self._past(tensor)]
+        for write in (*written, *past):
             self._before_write(write, None)
         tape = self.tape
         inputs = tape.values_read(self.ledger, args, kwargs) if tape is not None else []
         start = time.perf_counter()
         result = self._room.run(func, args, kwargs, self.modules.current)
         seconds = time.perf_counter() - start
-        if written:
+        if written or past:
             op = Op()
             op.func, op.call, op.writes = func, self.modules.current, []
             for write in written:
                 self._rewrite(op, "not recorded", write)
+            for write in past:
+                self._displace(op, write)
         new = [tracked for tensor in _tensors(result) if (tracked := self._count(tensor)) is not None]
         if tape is not None:
             outputs = [tape.plain_value(tracked) for tracked in new]
@@ -456,10 +500,9 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _count(self, tensor: Tensor) -> Tracked | None:
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
+        if not _has_storage(tensor):
             return None
+        storage = tensor.untyped_storage()
         if storage._cdata in self._storages:
             return None
         return self.ledger.track(storage, None, storage.nbytes())
@@ -478,11 +521,21 @@ class Recorder(TorchDispatchMode):
         activation = self._current(tensor)
         if activation is not None and activation.weak is not None and activation.weak() is tensor:
             activation.window = window_of(tensor)
+            if activation.op is not None and not any(activation.live_handles()):
+                activation.version = None  # autograd counts a write though the bytes are as they were
         return result
 
     def _backward_ended(self) -> None:
         self._graph_task = -1
         self.cut()
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def _move_handles(handles: list[Any], new: Activation) -> None:
@@ -500,7 +553,7 @@ def _overlaps(handle: Any, tensor: Tensor) -> bool:
 
 def _watch(activation: Activation) -> Tensor | None:
     """A tensor that shares the version counter of an activation about to be overwritten."""
-    tensor = activation.weak() if activation.weak is not None else None
+    tensor = activation.watched()
     return activation.held if tensor is None else tensor
 
 

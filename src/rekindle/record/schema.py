@@ -16,9 +16,12 @@ from torch._ops import OpOverload
 
 RUNNING_STATS: dict[str, tuple[tuple[int, int], int | None]] = {
     # op: (positions of running mean and variance, position of `training` or None where the op always trains).
-    # In training the statistics are written, and the results do not depend on what they held. The first two schemas
-    # do not even say that they are written.
+    # In training the statistics are written, and the results do not depend on what they held. Most schemas do not even
+    # say that they are written.
     "aten::native_batch_norm": ((3, 4), 5),
+    "aten::batch_norm": ((3, 4), 5),  # this and the next two are seen in inference mode only
+    "aten::_batch_norm_impl_index": ((3, 4), 5),
+    "aten::instance_norm": ((3, 4), 5),
     "aten::cudnn_batch_norm": ((3, 4), 5),
     "aten::miopen_batch_norm": ((3, 4), 5),
     "aten::_native_batch_norm_legit": ((3, 4), 5),

@@ -73,6 +73,8 @@ class SavedTensors:
         except (NotImplementedError, RuntimeError):  # sparse, mkldnn: no storage
             return self._as_it_is(tensor, 0, call)
         activation = tracked.activation if tracked is not None else None
+        if activation is not None and activation.stale():
+            activation = None
         if self._snapshot and not tensor.is_inference():
             return self._handle(tensor, self._recorder.leaf(tensor) if activation is None else activation, call)
         if activation is None or activation.op is None:
@@ -97,6 +99,11 @@ class SavedTensors:
                 f"one of the variables needed for gradient computation, {activation.describe()}, has been modified by "
                 f"an inplace operation: {by}. Use the out-of-place form of that operation."
             )
+        if activation.moved():
+            raise SavedTensorModified(
+                f"one of the variables needed for gradient computation, {activation.describe()}, was given other data: "
+                "`tensor.data = other`. Assign to a new variable instead."
+            )
         graph_task = current_graph_task()
         if graph_task not in (-1, self._graph_task):
             self._graph_task = graph_task
@@ -112,10 +119,10 @@ class SavedTensors:
     def _handle(self, tensor: torch.Tensor, activation: Activation, call: ModuleCall) -> Handle:
         recorder = self._recorder
         recorder.saves += 1
-        if activation.version is None:
+        source = activation.watched()
+        if activation.version is None or (source is None and activation.held is None):
             recorder.first_read(activation, tensor)
-        weak = activation.weak
-        source = weak() if weak is not None else None
+            source = activation.watched()
         handle = Handle(activation, activation.window if source is tensor else window_of(tensor))
         activation.add_handle(handle)
         if recorder.tape is not None:
@@ -130,6 +137,8 @@ class SavedTensors:
         return handle
 
     def _as_it_is(self, tensor: torch.Tensor, key: int, call: ModuleCall) -> Saved:
+        if tensor.requires_grad and tensor.is_leaf:
+            return Saved(tensor, key, call)  # not an alias: like autograd, follow what `parameter.data = other` does
         with without_dispatch_modes():
             return Saved(tensor.detach(), key, call)
 

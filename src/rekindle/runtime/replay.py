@@ -95,6 +95,7 @@ class Replayer:
 
     def retain(self, activation: Activation, base: Tensor, now: int) -> None:
         """Hold a recomputed copy until the running backward pass no longer wants it."""
+        activation.weak = None  # what it knew is gone, or holds something else now
         activation.held, activation.version, activation.retained = base, base._version, True
         activation.last_use = now
         self._retained.append(weakref.ref(activation))
