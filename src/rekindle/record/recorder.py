@@ -154,7 +154,7 @@ class Recorder(TorchDispatchMode):
             for tensor in _tensors(result):
                 op.outputs.append(self._output(op, traits, opaque, tensor, call, made))
         if tape is not None:
-            inputs = [tape.value_of(a) for a in op.inputs]
+            inputs = [self._value(tape, a) for a in op.inputs]
             outputs = [tape.value_of(a) for a in made if a is not None]
             tape.op(traits.name, inputs, outputs, call, seconds, backward, traits.random)
         return result
@@ -291,7 +291,9 @@ class Recorder(TorchDispatchMode):
     def lend(self, activation: Activation) -> None:
         """Note that an activation holds its bytes itself now."""
         assert activation.held is not None
-        self._storages[activation.held.untyped_storage()._cdata].lend(activation)
+        tracked = self._storages[activation.held.untyped_storage()._cdata]
+        tracked.lend(activation)
+        tracked.value_id = activation.value_id
 
     def first_read(self, activation: Activation, tensor: Tensor) -> None:
         """The version of what an in-place op wrote is known only after autograd has counted the write."""
@@ -344,11 +346,21 @@ class Recorder(TorchDispatchMode):
             new.is_checkpoint = self.keeper.made(str(op.func), op.call)
         op.writes.append((None if whole else old, weakref.ref(new) if new is not None else None))
         tracked.own(new)
+        tracked.value_id = -1
         if handles and shared:
             old.overwritten = f"{op.func} in {op.call.describe()}"
         elif handles:  # a write behind autograd's back, through .data: what it saved is the new content
             _move_handles(handles, new or self._leaf(tensor, tracked))
         return new
+
+    def _value(self, tape: Tape, activation: Activation) -> int:
+        """The id of a value that an op read. Its storage remembers it: the activation may go before the bytes do."""
+        number = tape.value_of(activation)
+        if activation.held is not None:
+            tracked = self.ledger.find(activation.held)
+            if tracked is not None:
+                tracked.value_id = activation.value_id
+        return number
 
     # -- one op that is only counted ---------------------------------------------------------------------------------
 
