@@ -82,6 +82,7 @@ class SavedTensors:
             SavedTensorModified: an in-place operation changed it, which plain autograd refuses too.
             LeafModified, RecomputeError: it cannot be recomputed.
         """
+        self._replayer.asked()
         if isinstance(packed, Saved):
             return self._check(packed)
         activation = packed.activation
@@ -100,7 +101,7 @@ class SavedTensors:
         with at_recorded_level():
             tensor = look(base, packed.window)
         if activation.retained and not activation.pending(graph_task):
-            activation.release()
+            self._replayer.leave(activation)
         return tensor
 
     def _handle(self, tensor: torch.Tensor, activation: Activation, call: ModuleCall) -> Handle:

@@ -14,7 +14,7 @@ import torch
 from rekindle._errors import LeafModified, RecomputeError, RecomputeMismatch, RekindleError
 from rekindle.record.activation import Activation, Op, Ref, Scratch
 from rekindle.record.aliasing import Ledger, look
-from rekindle.record.torch_private import at_recorded_level
+from rekindle.record.torch_private import at_recorded_level, current_node
 from rekindle.runtime.stats import Stats
 
 Tensor = torch.Tensor
@@ -24,7 +24,8 @@ class Replayer:
     """Brings evicted activations back.
 
     Whatever a replay makes on its way that autograd still waits for in the same backward pass is retained until it is
-    asked for, so that the values of one segment are recomputed once; everything else goes at once.
+    asked for, so that the values of one segment are recomputed once; everything else goes at once. The value asked for
+    last stays as long as the same node asks: it may want both what an op read and what it made of that.
     """
 
     def __init__(self, ledger: Ledger, stats: Callable[[], Stats], name_of: Callable[[int], str]) -> None:
@@ -34,6 +35,8 @@ class Replayer:
         self._name_of = name_of
         self._lock = threading.RLock()
         self._retained: list[weakref.ref[Activation]] = []
+        self._leaving: weakref.ref[Activation] | None = None
+        self._leaving_node = -1
 
     def bring_back(self, activation: Activation, graph_task: int) -> Tensor:
         """The bytes of an activation: a tensor on its storage, alive or recomputed.
@@ -56,9 +59,29 @@ class Replayer:
             finally:
                 stats.replay_seconds += time.perf_counter() - start
 
+    def leave(self, activation: Activation) -> None:
+        """Let go of a recomputed copy, for which autograd has asked the last time, when its node wants no more."""
+        with self._lock:
+            self._let_go()
+            self._leaving, self._leaving_node = weakref.ref(activation), current_node()
+
+    def asked(self) -> None:
+        """Note that autograd asks for something: what the node before had asked for can go."""
+        if self._leaving is not None:
+            with self._lock:
+                if current_node() != self._leaving_node:
+                    self._let_go()
+
+    def _let_go(self) -> None:
+        leaving, self._leaving = self._leaving, None
+        activation = leaving() if leaving is not None else None
+        if activation is not None:
+            activation.release()
+
     def release_retained(self) -> None:
         """Let go of the recomputed copies that the backward pass, now over, did not ask for."""
         with self._lock:
+            self._let_go()
             retained, self._retained = self._retained, []
             for reference in retained:
                 activation = reference()
@@ -68,6 +91,7 @@ class Replayer:
     def _recompute(self, target: Activation, graph_task: int, stats: Stats) -> Tensor:
         replay = _Replay(self, graph_task)
         ops = replay.missing(target)
+        self._let_go()
         with at_recorded_level():
             mode = torch.is_grad_enabled()
             try:
@@ -159,7 +183,8 @@ class _Replay:
             if self.uses[id(activation)]:
                 self.bases[id(activation)] = base
                 self.made.add(id(activation))
-            if activation.base() is None and activation.pending(self.graph_task):
+            wanted = activation is target or activation.pending(self.graph_task)
+            if wanted and self.graph_task != -1 and activation.base() is None:
                 self.replayer.retain(activation, base)
         for source in op.inputs:
             if id(source) in self.made:
