@@ -110,16 +110,23 @@ class SavedTensors:
         if activation.version is None:
             recorder.first_read(activation, tensor)
         weak = activation.weak
-        source = weak() if weak is not None else None
-        handle = Handle(activation, activation.window if source is tensor else window_of(tensor))
+        known = weak is not None and weak() is tensor
+        handle = Handle(activation, activation.window if known else window_of(tensor))
         activation.add_handle(handle)
         if recorder.tape is not None:
             recorder.tape.saved(activation, call)
         if activation.held is None and (activation.is_checkpoint or self._saved(activation, call)):
-            with without_dispatch_modes():
-                activation.held = (tensor if source is None else source).detach()
-            recorder.lend(activation)
+            self.hold(activation, tensor)
         return handle
+
+    def hold(self, activation: Activation, tensor: torch.Tensor) -> None:
+        """Keep the bytes of an activation that `tensor` looks at. From outside of a dispatch only."""
+        if activation.held is not None:
+            return
+        source = activation.weak() if activation.weak is not None else None
+        with without_dispatch_modes():
+            activation.held = (tensor if source is None else source).detach()
+        self._recorder.lend(activation)
 
     def _as_it_is(self, tensor: torch.Tensor, key: int, call: ModuleCall) -> Saved:
         with without_dispatch_modes():

@@ -65,6 +65,7 @@ class Session:
         self._plans = PlanCache()
         self._graph: Graph | None = None
         self._record_next = True
+        self._marks = False
         me = weakref.ref(self)
 
         def on_death(activation: Activation, nbytes: int) -> None:
@@ -87,7 +88,7 @@ class Session:
     def __enter__(self) -> Session:
         self._check_enter()
         self._begin_step()
-        if isinstance(self.policy, KeepAll) and not self._record_next:
+        if isinstance(self.policy, KeepAll) and not self._record_next and not self._marks:
             return self
         self._recorder.keeper = self._decisions = self._new_decisions()
         self._recorder.tape = Tape() if self._record_next else None
@@ -177,19 +178,23 @@ class Session:
         Raises:
             UnknownTensor: the session never saw `tensor`, or does not see now.
         """
-        tracked = self._ledger.find(tensor) if self._stack is not None else None
-        if tracked is None:
-            where = "the session never saw it" if self._stack is not None else "no step of the session is recorded now"
+        entered = self._thread is not None
+        self._marks |= entered
+        tracked = self._ledger.find(tensor) if entered else None
+        if tracked is None and (self._stack is not None or not entered):  # else it is an unwatched step of KeepAll
+            where = "the session never saw it" if entered else "the session is not entered"
             raise UnknownTensor(
                 f"cannot mark a tensor of shape {list(tensor.shape)} and dtype {tensor.dtype}: {where}. Mark what an "
                 "op inside the `with` block returned, inside that block."
             )
-        activation = tracked.activation
+        activation = tracked.activation if tracked is not None else None
         if activation is None:
             activation = self._recorder.leaf(tensor)
         if not activation.is_checkpoint:
             self._step.checkpoints += 1
         activation.is_checkpoint = activation.is_marked = True
+        if activation.is_source() or any(activation.live_handles()):
+            self._saved_tensors.hold(activation, tensor)  # else it is held when something reads or saves it
         return activation
 
     @property
