@@ -161,9 +161,9 @@ class Session:
 
     def _learn(self, tape: Tape) -> None:
         graph = self._graph = tape.graph(self._modules.names())
-        self._record_next = False
         if self.policy is not None and decider_of(self.policy) is None:
             self._plans.add(graph, make_plan(self.policy, graph))
+        self._record_next = False
 
     def _count_eviction(self, activation: Activation, nbytes: int) -> None:
         if any(True for _ in activation.live_handles()):
@@ -178,15 +178,20 @@ class Session:
         Raises:
             UnknownTensor: the session never saw `tensor`, or does not see now.
         """
-        entered = self._thread is not None
-        self._marks |= entered
-        tracked = self._ledger.find(tensor) if entered else None
-        if tracked is None and (self._stack is not None or not entered):  # else it is an unwatched step of KeepAll
+        entered, resting = self._thread is not None, self._stack is None  # KeepAll rests in its later steps
+        try:
+            tracked = self._ledger.find(tensor)
+        except (AttributeError, NotImplementedError, RuntimeError):  # no tensor, or one without a storage
+            tracked, resting = None, False
+        if not entered or (tracked is None and not resting):
+            what = f"a {type(tensor).__name__}"
+            if isinstance(tensor, torch.Tensor):
+                what = f"a {tensor.layout} tensor of shape {list(tensor.shape)} and dtype {tensor.dtype}"
             where = "the session never saw it" if entered else "the session is not entered"
             raise UnknownTensor(
-                f"cannot mark a tensor of shape {list(tensor.shape)} and dtype {tensor.dtype}: {where}. Mark what an "
-                "op inside the `with` block returned, inside that block."
+                f"cannot mark {what}: {where}. Mark what an op inside the `with` block returned, inside that block."
             )
+        self._marks = True
         activation = tracked.activation if tracked is not None else None
         if activation is None:
             activation = self._recorder.leaf(tensor)
