@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import weakref
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -9,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from rekindle._errors import SessionError
+from rekindle._errors import RekindleError, SessionError
 from rekindle.policy import PolicyLike
 from rekindle.runtime.session import Session
 
@@ -18,10 +20,17 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 @dataclass(slots=True)
 class _Applied:
-    """A session, and how many calls of its module are running: a module may call itself."""
+    """A session, how many calls of its module are running (a module may call itself), and on which thread."""
 
     session: Session
     depth: int = 0
+    thread: int = 0
+    forget: weakref.finalize[[Session], torch.nn.Module] | None = None
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the step that the outermost call began."""
+        self.depth = 0
+        self.session.__exit__(type(error) if error is not None else None, error, None)
 
 
 # The module itself gets no hook and no attribute, so that its pickles, copies and state_dict stay what they were.
@@ -45,10 +54,14 @@ def apply(model: Model, policy: PolicyLike | None = None, **options: Any) -> Mod
             f"{type(model).__name__} is applied already, with {_applied[model].session!r}. Call rekindle.remove(model) "
             "first to apply it with another policy."
         )
-    _applied[model] = _Applied(Session(policy, **options))
+    applied = _Applied(Session(policy, **options))
     if not _hooks:
         _hooks.append(register_module_forward_pre_hook(_enter))
         _hooks.append(register_module_forward_hook(_leave, always_call=True))
+    applied.session._modules.attach()  # after our own hooks, so that it sees the call of the model itself
+    applied.forget = weakref.finalize(model, _forget, applied.session)
+    applied.forget.atexit = False
+    _applied[model] = applied  # after the finalizer, which runs after this is gone then
     return model
 
 
@@ -60,10 +73,11 @@ def remove(model: Model) -> Model:
     """
     if model not in _applied:
         raise SessionError(f"{type(model).__name__} is not applied. Call rekindle.apply(model, policy=...) first.")
-    del _applied[model]
-    if not _applied:
-        while _hooks:
-            _hooks.pop().remove()
+    applied = _applied.pop(model)
+    if applied.depth:
+        applied.end()
+    assert applied.forget is not None
+    applied.forget()
     return model
 
 
@@ -78,19 +92,48 @@ def session_of(model: torch.nn.Module) -> Session:
     return _applied[model].session
 
 
+def _forget(session: Session) -> None:
+    """Take back the hooks of a model that was removed, or is gone."""
+    session._modules.detach()
+    if not _applied:
+        while _hooks:
+            _hooks.pop().remove()
+
+
 def _enter(module: torch.nn.Module, args: Any) -> None:
     applied = _applied.get(module)
     if applied is None:
         return
-    if not applied.depth:
+    thread = threading.get_ident()
+    if applied.depth and applied.thread == thread:
+        applied.depth = min(applied.depth, _running(module) - 1)
+        if not applied.depth:
+            applied.end()  # a KeyboardInterrupt ended the last call, and PyTorch did not tell us
+    if not applied.depth or applied.thread != thread:
         applied.session.__enter__()
+        applied.thread = thread
     applied.depth += 1
 
 
 def _leave(module: torch.nn.Module, args: Any, output: Any) -> None:
     applied = _applied.get(module)
-    if applied is None or not applied.depth:
+    if applied is None or not applied.depth or applied.thread != threading.get_ident():
         return
     applied.depth -= 1
     if not applied.depth:
-        applied.session.__exit__(None, None, None)
+        error = sys.exc_info()[1] if output is None else None
+        try:
+            applied.end(error)
+        except RekindleError as better:
+            if error is None:
+                raise
+            error.add_note(f"{type(better).__name__}: {better}")  # PyTorch raises the error of forward, not of hooks
+
+
+def _running(module: torch.nn.Module) -> int:
+    """How many calls of `module` are on the stack of this thread."""
+    count, frame = 0, sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        count += frame.f_code is torch.nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+    return count

@@ -62,25 +62,38 @@ class ModuleStack:
         self.current = self.outside
         self.roots: weakref.WeakKeyDictionary[torch.nn.Module, dict[int, str]] = weakref.WeakKeyDictionary()
         self._hooks: list[Any] = []
+        self._stays = False
         self._thread = 0
         self._count = 0
+
+    def attach(self) -> None:
+        """Have PyTorch tell of every module call, until `detach`."""
+        if not self._hooks:
+            self._hooks = [
+                register_module_forward_pre_hook(self._enter),
+                register_module_forward_hook(self._leave, always_call=True),
+            ]
+
+    def detach(self) -> None:
+        """Undo `attach`. Not from inside a module call that failed: PyTorch walks the hooks then."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def open(self) -> None:
         """Begin to follow module calls."""
         self._thread = threading.get_ident()
         self.current = self.outside
         self._count = 0
-        self._hooks = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        ]
+        self._stays = bool(self._hooks)
+        self.attach()
 
     def close(self) -> None:
         """Stop following them."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._thread = 0
         self.current = self.outside
+        if not self._stays:
+            self.detach()
 
     def names(self) -> dict[int, str]:
         """The names of all parameters and buffers of the modules that were called, by the address of their storage."""

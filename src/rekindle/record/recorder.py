@@ -221,7 +221,7 @@ class Recorder(TorchDispatchMode):
                     self.checksums.take(activation, base)
         tape = self.tape
         if tape is not None:
-            inputs = [tape.value_of(a) for a in op.inputs]
+            inputs = [self._value(tape, a) for a in op.inputs]
             outputs = [tape.made(a) for a in made if a is not None]
             tape.op(traits.name, inputs, outputs, call, op.seconds, backward, traits.random)
         return result
@@ -385,7 +385,9 @@ class Recorder(TorchDispatchMode):
     def lend(self, activation: Activation) -> None:
         """Note that an activation holds its bytes itself now."""
         assert activation.held is not None
-        self._storages[activation.held.untyped_storage()._cdata].lend(activation)
+        tracked = self._storages[activation.held.untyped_storage()._cdata]
+        tracked.lend(activation)
+        tracked.value_id = activation.value_id
 
     def first_read(self, activation: Activation, tensor: Tensor) -> None:
         """Know a value through `tensor`, if nobody holds the recorded one any more, and its version through that.
@@ -447,6 +449,7 @@ class Recorder(TorchDispatchMode):
             new.is_checkpoint = self.keeper.made(str(op.func), op.call)
         op.writes.append((None if whole else old, weakref.ref(new) if new is not None else None))
         tracked.own(new)
+        tracked.value_id = -1
         self._displace(op, write)
         return new
 
@@ -471,6 +474,15 @@ class Recorder(TorchDispatchMode):
         if tracked is None or not tracked.past:
             return []
         return [_Write(old, tensor, False) for old in tracked.end_past()]
+
+    def _value(self, tape: Tape, activation: Activation) -> int:
+        """The id of a value that an op read. Its storage remembers it: the activation may go before the bytes do."""
+        number = tape.value_of(activation)
+        if activation.held is not None:
+            tracked = self.ledger.find(activation.held)
+            if tracked is not None:
+                tracked.value_id = activation.value_id
+        return number
 
     # -- one op that is only counted ---------------------------------------------------------------------------------
 

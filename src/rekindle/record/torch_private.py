@@ -15,6 +15,7 @@ version which breaks one fails there first.
 * References to a storage. Whether letting go of a tensor frees its bytes depends on who else looks at them.
 * Graph tasks. The engine numbers each backward pass and runs callbacks at its end. There is no public way to learn
   either. FSDP and DDP use the same two calls.
+* Nodes. The engine knows which node of the graph it is running, and nodes have numbers.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ _AD_INPLACE_OR_VIEW = torch._C.DispatchKey.ADInplaceOrView
 
 current_graph_task: Callable[[], int] = torch._C._current_graph_task_id
 """The number of the backward pass running on this thread, -1 outside of one."""
+
+
+def current_node() -> int:
+    """The number of the autograd node running on this thread, -1 outside of a backward pass."""
+    node: Any = torch._C._current_autograd_node()
+    return int(node._sequence_nr()) if node is not None else -1
+
 
 without_dispatch_modes: Callable[[], AbstractContextManager[Any]] = torch._C._DisableTorchDispatch
 """Hides one block from every `TorchDispatchMode`; autograd still sees it, so aliases share their version counter."""

@@ -90,6 +90,7 @@ class SavedTensors:
             SavedTensorModified: an in-place operation changed it, which plain autograd refuses too.
             LeafModified, RecomputeError: it cannot be recomputed.
         """
+        self._replayer.asked()
         if isinstance(packed, Saved):
             return self._check(packed)
         activation = packed.activation
@@ -113,7 +114,7 @@ class SavedTensors:
         with at_recorded_level():
             tensor = look(base, packed.window)
         if activation.retained and not activation.pending(graph_task):
-            activation.release()
+            self._replayer.leave(activation)
         return tensor
 
     def _handle(self, tensor: torch.Tensor, activation: Activation, call: ModuleCall) -> Handle:
@@ -129,12 +130,22 @@ class SavedTensors:
             recorder.tape.saved(activation, call)
         if self.checksums is not None:
             self.checksums.compare(activation, tensor, saved=True)
-        wanted = activation.op is None or activation.is_checkpoint
-        if activation.held is None and (wanted or self._saved(activation, call)):
-            with without_dispatch_modes():
-                activation.held = (tensor if source is None else source).detach()
-            recorder.lend(activation)
+        if activation.held is None and (
+            activation.op is None or activation.is_checkpoint or self._saved(activation, call)
+        ):
+            self.hold(activation, tensor)
         return handle
+
+    def hold(self, activation: Activation, tensor: torch.Tensor) -> None:
+        """Keep the bytes of an activation that `tensor` looks at. From outside of a dispatch only."""
+        if activation.held is not None:
+            return
+        source = activation.watched()
+        with without_dispatch_modes():
+            activation.held = (tensor if source is None else source).detach()
+        if source is None and not tensor.is_inference():
+            activation.version = tensor._version  # another tensor on the same bytes may count its writes apart
+        self._recorder.lend(activation)
 
     def _as_it_is(self, tensor: torch.Tensor, key: int, call: ModuleCall) -> Saved:
         if tensor.requires_grad and tensor.is_leaf:

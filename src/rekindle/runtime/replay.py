@@ -16,7 +16,7 @@ from rekindle._errors import LeafModified, RecomputeError, RecomputeMismatch, Re
 from rekindle.record.activation import Activation, Op, Ref, Scratch
 from rekindle.record.aliasing import Ledger, look
 from rekindle.record.recorder import Checksums, Room
-from rekindle.record.torch_private import at_recorded_level
+from rekindle.record.torch_private import at_recorded_level, current_node
 from rekindle.runtime.stats import Stats
 
 Tensor = torch.Tensor
@@ -26,7 +26,8 @@ class Replayer:
     """Brings evicted activations back.
 
     Whatever a replay makes on its way that autograd still waits for in the same backward pass is retained until it is
-    asked for, so that the values of one segment are recomputed once; everything else goes at once.
+    asked for, so that the values of one segment are recomputed once; everything else goes at once. The value asked for
+    last stays as long as the same node asks: it may want both what an op read and what it made of that.
     """
 
     def __init__(self, ledger: Ledger, room: Room, stats: Callable[[], Stats], name_of: Callable[[int], str]) -> None:
@@ -38,6 +39,8 @@ class Replayer:
         self._name_of = name_of
         self._lock = threading.RLock()
         self._retained: list[weakref.ref[Activation]] = []
+        self._leaving: weakref.ref[Activation] | None = None
+        self._leaving_node = -1
 
     def bring_back(self, activation: Activation, graph_task: int) -> Tensor:
         """The bytes of an activation: a tensor on its storage, alive or recomputed.
@@ -60,9 +63,29 @@ class Replayer:
             finally:
                 stats.replay_seconds += time.perf_counter() - start
 
+    def leave(self, activation: Activation) -> None:
+        """Let go of a recomputed copy, for which autograd has asked the last time, when its node wants no more."""
+        with self._lock:
+            self._let_go()
+            self._leaving, self._leaving_node = weakref.ref(activation), current_node()
+
+    def asked(self) -> None:
+        """Note that autograd asks for something: what the node before had asked for can go."""
+        if self._leaving is not None:
+            with self._lock:
+                if current_node() != self._leaving_node:
+                    self._let_go()
+
+    def _let_go(self) -> None:
+        leaving, self._leaving = self._leaving, None
+        activation = leaving() if leaving is not None else None
+        if activation is not None:
+            activation.release()
+
     def release_retained(self) -> None:
         """Let go of the recomputed copies that the backward pass, now over, did not ask for."""
         with self._lock:
+            self._let_go()
             retained, self._retained = self._retained, []
             for reference in retained:
                 activation = reference()
@@ -72,6 +95,7 @@ class Replayer:
     def _recompute(self, target: Activation, graph_task: int, stats: Stats) -> Tensor:
         replay = _Replay(self, graph_task)
         ops = replay.missing(target)
+        self._let_go()
         with at_recorded_level():
             mode = torch.is_grad_enabled()
             try:
@@ -150,7 +174,8 @@ class _Replay:
             if self.uses[id(activation)]:
                 self.bases[id(activation)] = base
                 self.made.add(id(activation))
-            if activation.base() is None and activation.pending(self.graph_task):
+            wanted = activation is target or activation.pending(self.graph_task)
+            if wanted and self.graph_task != -1 and activation.base() is None:
                 self.replayer.retain(activation, base, op.number)
         for source in op.inputs:
             if id(source) in self.made:
@@ -164,7 +189,7 @@ class _Replay:
         sources = ChainMap(targets, self.bases)
         args = [_resolve(arg, sources, scratch) for arg in op.args]
         kwargs = {name: _resolve(arg, sources, scratch) for name, arg in op.kwargs.items()}
-        results = _flatten(self._call(op, args, kwargs))
+        results = _flatten(_call(op, args, kwargs, self.replayer.room.run))
         found: list[tuple[Activation, Tensor]] = []
         for reference, tensor in zip(op.outputs, results, strict=True):
             if reference is None:
@@ -195,26 +220,6 @@ class _Replay:
         copy = clone_storage(base)
         self.replayer.track(copy, None)
         return copy
-
-    def _call(self, op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        run = self.replayer.room.run
-        try:
-            if op.random is None:
-                return run(op.func, args, kwargs, op.call)
-            generator, state = op.random
-            before = generator.get_state()
-            try:
-                generator.set_state(state)
-                return run(op.func, args, kwargs, op.call, op.random)
-            finally:
-                generator.set_state(before)
-        except (RekindleError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise RecomputeError(
-                f"{op.func} in {op.call.describe()} ran in the forward pass but failed when it was repeated: {error}"
-            ) from error
-
 
 @dataclass(slots=True)
 class Missing:
@@ -255,6 +260,26 @@ def missing_ops(target: Activation, most: int | None = None) -> Missing:
                 missing.lost = source, op
     missing.ops = [ops[number] for number in sorted(ops)]
     return missing
+
+
+def _call(op: Op, args: list[Any], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+    """Repeat an op through `run`, with the numbers that it drew."""
+    try:
+        if op.random is None:
+            return run(op.func, args, kwargs, op.call)
+        generator, state = op.random
+        before = generator.get_state()
+        try:
+            generator.set_state(state)
+            return run(op.func, args, kwargs, op.call, op.random)
+        finally:
+            generator.set_state(before)
+    except (RekindleError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise RecomputeError(
+            f"{op.func} in {op.call.describe()} ran in the forward pass but failed when it was repeated: {error}"
+        ) from error
 
 
 def clone_storage(base: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ class Session:
         self._plans = PlanCache()
         self._graph: Graph | None = None
         self._record_next = True
+        self._marks = False
         self._may_rest = memory_budget is None and pressure is None and inplace == "strict" and not verify
         me = weakref.ref(self)
 
@@ -134,7 +135,7 @@ class Session:
     def __enter__(self) -> Session:
         self._check_enter()
         self._begin_step()
-        if isinstance(self.policy, KeepAll) and not self._record_next and self._may_rest:
+        if self._rests():
             self._thread = threading.get_ident()
             return self
         self._recorder.keeper = self._decisions = self._new_decisions()
@@ -210,13 +211,17 @@ class Session:
         graph = self._graph = tape.graph(self._modules.names())
         if self.policy is not None and decider_of(self.policy) is None:
             self._plans.add(graph, make_plan(self.policy, graph))
+        self._record_next = False
         if isinstance(self.policy, PerModule) and (unmatched := self.policy.unmatched(graph)):
             warnings.warn(
                 f"{self.policy!r}: no module that ran is meant by {', '.join(map(repr, unmatched))}, so nothing is "
                 "evicted for it. Write module classes, or names as in model.named_modules().",
                 stacklevel=3,
             )
-        self._record_next = False
+
+    def _rests(self) -> bool:
+        """Whether nothing has to be recorded in this step: all is kept, and nobody asked for more."""
+        return isinstance(self.policy, KeepAll) and self._may_rest and not self._record_next and not self._marks
 
     def _count_leaves(self, module: torch.nn.Module) -> None:
         """Know the bytes of parameters, gradients and buffers before the first op, not when it reads them."""
@@ -238,19 +243,28 @@ class Session:
         Raises:
             UnknownTensor: the session never saw `tensor`, or does not see now.
         """
-        tracked = self._ledger.find(tensor) if self._stack is not None else None
-        if tracked is None:
-            where = "the session never saw it" if self._stack is not None else "no step of the session is recorded now"
+        entered, resting = self._thread is not None, self._stack is None  # KeepAll rests in its later steps
+        try:
+            tracked = self._ledger.find(tensor)
+        except (AttributeError, NotImplementedError, RuntimeError):  # no tensor, or one without a storage
+            tracked, resting = None, False
+        if not entered or (tracked is None and not resting):
+            what = f"a {type(tensor).__name__}"
+            if isinstance(tensor, torch.Tensor):
+                what = f"a {tensor.layout} tensor of shape {list(tensor.shape)} and dtype {tensor.dtype}"
+            where = "the session never saw it" if entered else "the session is not entered"
             raise UnknownTensor(
-                f"cannot mark a tensor of shape {list(tensor.shape)} and dtype {tensor.dtype}: {where}. Mark what an "
-                "op inside the `with` block returned, inside that block."
+                f"cannot mark {what}: {where}. Mark what an op inside the `with` block returned, inside that block."
             )
-        activation = tracked.activation
+        self._marks = True
+        activation = tracked.activation if tracked is not None else None
         if activation is None:
             activation = self._recorder.leaf(tensor)
         if not activation.is_checkpoint:
             self._step.checkpoints += 1
         activation.is_checkpoint = activation.is_marked = True
+        if activation.is_source() or any(activation.live_handles()):
+            self._saved_tensors.hold(activation, tensor)  # else it is held when something reads or saves it
         return activation
 
     def try_evict(self, activation: Activation, policy: EvictionPolicy = EvictionPolicy.ALWAYS_SAFE) -> Eviction:

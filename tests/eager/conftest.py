@@ -1,0 +1,27 @@
+"""Fixtures of the tests that train small models for real."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The tensors here are small: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def counting() -> Iterator[None]:
+    """Nothing but reference counting frees an object while the test runs."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -1,0 +1,80 @@
+"""The graph that a recorded step is written down as."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rekindle
+from helpers import Layer, small_batch, small_model
+from rekindle.graph import verify_graph
+
+pytestmark = pytest.mark.filterwarnings("ignore:PerModule.*no module that ran")  # some models here have no Layer
+
+POLICIES = [None, rekindle.KeepAll(), rekindle.KeepNone(), rekindle.EveryN(2), rekindle.PerModule(Layer)]
+
+
+def graph_of(policy, forward) -> rekindle.Graph:
+    """The graph of one step."""
+    session = rekindle.Session(policy)
+    with session:
+        forward().sum().backward()
+    assert session.graph is not None
+    return verify_graph(session.graph)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_a_value_read_again_is_the_same_value(policy):
+    """What several ops read has one number, also when nothing recorded outlives the first of them."""
+    x = small_batch(0).requires_grad_()
+    weight = torch.ones(64, 64, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        y = x @ weight
+        y.max()  # its result is small: its op is forgotten at once
+        small = y.mean()
+        small.neg()
+        (x @ weight).max()
+        return y.tanh() * small
+
+    graph = graph_of(policy, forward)
+    reads = {op.name.split(".")[1]: op.inputs for op in graph.forward}
+    made = {op.name.split(".")[1]: op.outputs for op in graph.forward}
+    products = [op for op in graph.forward if ".mm." in op.name]
+    assert products[0].inputs == products[1].inputs
+    assert reads["tanh"] == reads["mean"] == products[0].outputs
+    assert reads["mul"] == made["tanh"] + made["mean"]
+    assert reads["neg"] == made["mean"]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_an_overwritten_value_is_another(policy):
+    """Each in-place write makes a new value, and readers read the version of their time."""
+    x = small_batch(0).requires_grad_()
+
+    def forward() -> torch.Tensor:
+        y = x * 2
+        before = y + 1
+        y.mul_(3)
+        return before.sin() + (y + 1).sin()
+
+    graph = graph_of(policy, forward)
+    first, second = (op.inputs for op in graph.forward if ".add." in op.name and len(op.inputs) == 1)
+    assert first != second
+    (write,) = (op for op in graph.forward if ".mul_." in op.name)
+    assert (write.inputs, write.outputs) == (first, second)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_graph_does_not_depend_on_the_policy(policy):
+    """The forward pass on paper is the same whatever was kept while it was recorded."""
+    torch.manual_seed(0)
+    model, x = small_model(2), small_batch(0)
+    plain, graph = graph_of(None, lambda: model(x)), graph_of(policy, lambda: model(x))
+    assert forward_of(plain) == forward_of(graph)
+
+
+def forward_of(graph: rekindle.Graph) -> list[object]:
+    """What the forward pass is, but for the seconds."""
+    ops = [(op.name, op.inputs, op.outputs, op.call) for op in graph.forward]
+    return [*ops, *(graph.values[number] for op in graph.forward for number in (*op.inputs, *op.outputs))]
