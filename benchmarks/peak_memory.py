@@ -27,7 +27,7 @@ import peers
 import rekindle
 import report
 
-WORKLOADS = {"gpt2": peers.gpt2, "llama": peers.llama, "resnet50": peers.resnet50}
+WORKLOADS = {"gpt2": peers.gpt2, "llama": peers.llama, "resnet50": peers.resnet}
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 SCORED = {"MemoryOptimal": rekindle.MemoryOptimal, "SpeedOptimal": rekindle.SpeedOptimal, "Balanced": rekindle.Balanced}
 HEADER = ("way", "peak MiB", "of plain", "CPU seconds", "of plain", "ops replayed", "own peak off by", "same")

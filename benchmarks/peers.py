@@ -97,12 +97,15 @@ def llama(layers: int = 12, width: int = 512, heads: int = 8, length: int = 512,
     return _warm(Workload(name, LlamaForCausalLM(config), batch, LlamaDecoderLayer))
 
 
-def resnet50(batch: int = 6, size: int = 224) -> Workload:
-    """ResNet-50, with in-place ReLU and in-place residual adds as it is usually written."""
+def resnet(
+    layers: tuple[int, ...] = (3, 4, 6, 3), width: int = 64, classes: int = 1000, batch: int = 6, size: int = 224
+) -> Workload:
+    """A ResNet with in-place ReLU and in-place residual adds, as it is usually written; the defaults are ResNet-50."""
     torch.manual_seed(0)
-    images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
-    name = f"ResNet-50, {batch} x 3 x {size} x {size}"
-    return _warm(Workload(name, nets.ResNet(), {"images": images, "labels": labels}, nets.Bottleneck))
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(classes, (batch,))
+    name = f"ResNet-{3 * sum(layers) + 2}, {batch} x 3 x {size} x {size}"
+    model = nets.ResNet(layers, width, classes)
+    return _warm(Workload(name, model, {"images": images, "labels": labels}, nets.Bottleneck))
 
 
 def _warm(workload: Workload) -> Workload:
