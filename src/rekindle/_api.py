@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from rekindle._errors import RekindleError, SessionError
 from rekindle.policy import PolicyLike
+from rekindle.record.torch_private import calls_running
 from rekindle.runtime.session import Session
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -58,7 +59,7 @@ def apply(model: Model, policy: PolicyLike | None = None, **options: Any) -> Mod
     if not _hooks:
         _hooks.append(register_module_forward_pre_hook(_enter))
         _hooks.append(register_module_forward_hook(_leave, always_call=True))
-    applied.session._modules.attach()  # after our own hooks, so that it sees the call of the model itself
+    applied.session.modules.attach()  # after our own hooks, so that it sees the call of the model itself
     applied.forget = weakref.finalize(model, _forget, applied.session)
     applied.forget.atexit = False
     _applied[model] = applied  # after the finalizer, which runs after this is gone then
@@ -94,7 +95,7 @@ def session_of(model: torch.nn.Module) -> Session:
 
 def _forget(session: Session) -> None:
     """Take back the hooks of a model that was removed, or is gone."""
-    session._modules.detach()
+    session.modules.detach()
     if not _applied:
         while _hooks:
             _hooks.pop().remove()
@@ -106,7 +107,7 @@ def _enter(module: torch.nn.Module, args: Any) -> None:
         return
     thread = threading.get_ident()
     if applied.depth and applied.thread == thread:
-        applied.depth = min(applied.depth, _running(module) - 1)
+        applied.depth = min(applied.depth, calls_running(module) - 1)
         if not applied.depth:
             applied.end()  # a KeyboardInterrupt ended the last call, and PyTorch did not tell us
     if not applied.depth or applied.thread != thread:
@@ -128,12 +129,3 @@ def _leave(module: torch.nn.Module, args: Any, output: Any) -> None:
             if error is None:
                 raise
             error.add_note(f"{type(better).__name__}: {better}")  # PyTorch raises the error of forward, not of hooks
-
-
-def _running(module: torch.nn.Module) -> int:
-    """How many calls of `module` are on the stack of this thread."""
-    count, frame = 0, sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        count += frame.f_code is torch.nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
-    return count

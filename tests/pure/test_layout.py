@@ -33,6 +33,7 @@ ROOMS = (
     "compile",
     "distributed",
     "_api",
+    "selfcheck",
     FRONT_DOOR,
     "integrations",
     "cli",

@@ -15,11 +15,14 @@ version which breaks one fails there first.
 * References to a storage. Whether letting go of a tensor frees its bytes depends on who else looks at them.
 * Graph tasks. The engine numbers each backward pass and runs callbacks at its end. There is no public way to learn
   either. FSDP and DDP use the same two calls.
+* Calls of modules. PyTorch runs its `always_call` hooks after an Exception, but not after a KeyboardInterrupt; only the
+  stack of frames tells that such a call is over.
 * Nodes. The engine knows which node of the graph it is running, and nodes have numbers.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from itertools import chain
@@ -62,6 +65,16 @@ def never_compile(function: Callable[..., Any]) -> None:
 def when_backward_ends(callback: Callable[[], None]) -> None:
     """Call `callback` when the backward pass that runs now has finished. It is not called if that pass raises."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def calls_running(module: torch.nn.Module) -> int:
+    """How many calls of a module are on the stack of this thread."""
+    code = torch.nn.Module._call_impl.__code__
+    count, frame = 0, sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        count += frame.f_code is code and frame.f_locals.get("self") is module
+    return count
 
 
 def in_func_transform() -> bool:

@@ -221,6 +221,7 @@ class _Replay:
         self.replayer.track(copy, None)
         return copy
 
+
 @dataclass(slots=True)
 class Missing:
     """What has to run again to bring an activation back.

@@ -110,16 +110,16 @@ class Session:
 
         ledger = self._ledger = Ledger(on_death)
         watches = self.memory_budget is not None or pressure is not None
-        self._modules = ModuleStack(count_leaves if watches else None)
+        self.modules = ModuleStack(count_leaves if watches else None)
         self._pressure = (
             Pressure(default_reader(lambda: ledger.total_nbytes, self.memory_budget)) if pressure is None else pressure
         )
         self._evictor = Evictor(ledger, stats, lambda: self._recorder.number)
         room = Room(ledger, self._evictor, self._pressure, self.memory_budget, watches, stats)
         self.snapshots = Snapshots(ledger, room, stats)
-        self._replayer = Replayer(ledger, room, stats, self._modules.name_of)
+        self._replayer = Replayer(ledger, room, stats, self.modules.name_of)
         self._decisions = Decisions(None, None, self.snapshots, self._step)
-        self._recorder = Recorder(ledger, self._modules, self._decisions, room, min_nbytes, inplace == "snapshot")
+        self._recorder = Recorder(ledger, self.modules, self._decisions, room, min_nbytes, inplace == "snapshot")
         self._saved_tensors = SavedTensors(
             self._recorder,
             self._replayer,
@@ -141,8 +141,8 @@ class Session:
         self._recorder.keeper = self._decisions = self._new_decisions()
         self._recorder.tape = Tape() if self._record_next else None
         with ExitStack() as stack:
-            self._modules.open()
-            stack.callback(self._modules.close)
+            self.modules.open()
+            stack.callback(self.modules.close)
             stack.enter_context(
                 torch.autograd.graph.saved_tensors_hooks(self._saved_tensors.pack, self._saved_tensors.unpack)
             )
@@ -208,7 +208,7 @@ class Session:
         return Decisions(decider, follower, self.snapshots, self._step)
 
     def _learn(self, tape: Tape) -> None:
-        graph = self._graph = tape.graph(self._modules.names())
+        graph = self._graph = tape.graph(self.modules.names())
         if self.policy is not None and decider_of(self.policy) is None:
             self._plans.add(graph, make_plan(self.policy, graph))
         self._record_next = False
