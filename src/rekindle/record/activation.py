@@ -56,30 +56,20 @@ class Op:
         grad_mode: whether gradients were enabled; some kernels choose by it.
         number: position in the session's stream of ops; inputs have smaller numbers.
         seconds: what it took, on the clock of the host.
+        guards: (tensor, version) of what it read that nothing can recompute: held, and no longer what it was if the
+            version moves.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "args",
-        "call",
-        "func",
-        "grad_mode",
-        "inputs",
-        "kwargs",
-        "number",
-        "outputs",
-        "random",
-        "seconds",
-        "writes",
-    )
+    # Class attributes, not slots: most ops never change most of these.
+    writes: list[tuple[Activation | None, weakref.ref[Activation] | None]] = []
+    random: tuple[torch.Generator, torch.Tensor] | None = None
+    guards: tuple[tuple[torch.Tensor | None, int | None], ...] = ()
 
     func: Any
     args: list[Any]
     kwargs: dict[str, Any]
     inputs: list[Activation]
-    writes: list[tuple[Activation | None, weakref.ref[Activation] | None]]
     outputs: list[weakref.ref[Activation] | None]
-    random: tuple[torch.Generator, torch.Tensor] | None
     call: ModuleCall
     grad_mode: bool
     number: int
@@ -97,6 +87,7 @@ class Activation:
         nbytes: size of its storage.
         is_checkpoint: marked to be kept.
         is_marked: the user marked it, not a policy.
+        is_parameter: a leaf that does not hold its bytes; the ops that read it do.
         why_kept: why it can never be evicted; empty if it can.
         window: of the tensor that was recorded as the value; onto the whole storage, usually.
         held: a detached alias that keeps the bytes alive, None when Rekindle does not hold them.
@@ -115,6 +106,8 @@ class Activation:
     # Class attributes, not slots: most activations never change most of these, and one is made for every op.
     is_checkpoint = False
     is_marked = False
+    is_parameter = False
+    why_kept = ""
     held: torch.Tensor | None = None
     weak: weakref.ref[torch.Tensor] | None = None
     version: int | None = None
@@ -133,7 +126,8 @@ class Activation:
         self.window = window
         self.nbytes = nbytes
         self.call = call
-        self.why_kept = why_kept
+        if why_kept:
+            self.why_kept = why_kept
 
     def add_handle(self, handle: Any) -> None:
         """Note that autograd saved it."""
@@ -192,6 +186,11 @@ class Activation:
         if base is None and self.weak is not None:
             base = self.weak()
         return base is not None and base._version != version
+
+    def forget_dead(self) -> None:
+        """Drop the weak references to readers and handles that are gone."""
+        self.readers = [reference for reference in self.readers if reference() is not None]
+        self.handles = [reference for reference in self.handles if reference() is not None]
 
     def is_source(self, but: Op | None = None) -> bool:
         """Whether something else may have to be recomputed from it, other than by `but`."""

@@ -85,16 +85,15 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
         value_id: the value it holds now on the tape, -1 if the step is not being taped.
     """
 
-    __slots__ = ("key", "leaf_nbytes", "lent", "nbytes", "owned", "past", "recomputed", "value_id")
-
+    # Class attributes, not slots: most storages never change most of these.
     key: int
     nbytes: int
-    leaf_nbytes: int
     owned: Activation | None
-    lent: weakref.ref[Activation] | None
-    past: Sequence[weakref.ref[Activation]]
-    recomputed: bool
-    value_id: int
+    leaf_nbytes = 0
+    lent: weakref.ref[Activation] | None = None
+    past: Sequence[weakref.ref[Activation]] = ()
+    recomputed = False
+    value_id = -1
 
     @property
     def activation(self) -> Activation | None:
@@ -114,6 +113,10 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
     def forget(self) -> None:
         """Make what the storage holds a leaf for the ops to come."""
         activation = self.activation
+        if activation is not None and activation.is_parameter:
+            activation.forget_dead()
+            self.value_id = activation.value_id = -1
+            return
         past = [activation, *(reference() for reference in self.past)]
         self.past = [weakref.ref(a) for a in past if a is not None]
         self.own(None)
@@ -137,12 +140,13 @@ class Ledger:
     """
 
     def __init__(self, on_death: Callable[[Activation, int], None]) -> None:
-        """`on_death(activation, nbytes)` is called when the storage of an activation dies."""
+        """`on_death(activation, nbytes)` is called when the storage of an activation that autograd saved dies."""
         self.storages: dict[int, Tracked] = {}
         self.live_nbytes = 0
         self.leaf_nbytes = 0
         self.peak_nbytes = 0
         self._on_death = on_death
+        self._on_storage_death = self._died
 
     @property
     def total_nbytes(self) -> int:
@@ -152,6 +156,10 @@ class Ledger:
     def find(self, tensor: torch.Tensor) -> Tracked | None:
         """The record of the tensor's storage, if the session has seen it. Raises for tensors without a storage."""
         return self.storages.get(tensor.untyped_storage()._cdata)
+
+    def note(self, nbytes: int) -> None:
+        """Note that a kernel has `nbytes` more for a moment than those that are live."""
+        self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes + nbytes)
 
     def track_leaf(self, tensor: torch.Tensor) -> Tracked | None:
         """Begin to follow what was there before. None for tensors without a storage."""
@@ -168,16 +176,11 @@ class Ledger:
 
     def track(self, storage: torch.UntypedStorage, activation: Activation | None, nbytes: int) -> Tracked:
         """Begin to follow a storage; `nbytes` of it count as live."""
-        tracked = Tracked(storage, self._died)
-        tracked.key = storage._cdata
+        tracked = Tracked(storage, self._on_storage_death)
+        tracked.key = key = storage._cdata
         tracked.nbytes = nbytes
-        tracked.leaf_nbytes = 0
         tracked.owned = activation
-        tracked.lent = None
-        tracked.past = ()
-        tracked.recomputed = False
-        tracked.value_id = -1
-        self.storages[tracked.key] = tracked
+        self.storages[key] = tracked
         if nbytes:
             self.live_nbytes += nbytes
             if self.live_nbytes > self.peak_nbytes:
@@ -207,5 +210,5 @@ class Ledger:
         self.leaf_nbytes -= tracked.leaf_nbytes
         activation = tracked.activation
         tracked.own(None)
-        if activation is not None and not tracked.recomputed:
+        if activation is not None and activation.handles and not tracked.recomputed:
             self._on_death(activation, tracked.nbytes)

@@ -46,6 +46,17 @@ class Room(Protocol):
     """Who runs ops so that what they allocate fits."""
 
     watches: bool
+    hungry: set[Any]
+
+    def rescue(
+        self,
+        error: torch.OutOfMemoryError,
+        func: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        random: tuple[torch.Generator, Tensor] | None,
+    ) -> Any:
+        """Try an op again that ran out of memory, after making what room there is."""
 
     def run(
         self,
@@ -119,6 +130,8 @@ class Recorder(TorchDispatchMode):
         self.number = 0
         self.checksums: Checksums | None = None
         self._room = room
+        self._hungry = room.hungry
+        self._watched = room.watches
         self._min_nbytes = min_nbytes
         self._snapshot = snapshot
         self._storages = ledger.storages
@@ -152,15 +165,44 @@ class Recorder(TorchDispatchMode):
         if kwargs is None:
             kwargs = {}
         graph_task = current_graph_task()
-        if graph_task != -1 and graph_task != self._graph_task:
+        backward = graph_task != -1
+        if backward and graph_task != self._graph_task:
             self._graph_task = graph_task
             when_backward_ends(self._backward_ended)
         if traits.reshapes:
             return self._reshape(func, args, kwargs)
         grad_mode = torch.is_grad_enabled()
-        if (not grad_mode and graph_task != -1) or torch.is_inference_mode_enabled():
-            return self._pass(func, traits, args, kwargs, graph_task != -1)
-        return self._record(func, traits, args, kwargs, grad_mode, graph_task != -1)
+        if (not grad_mode and backward) or torch.is_inference_mode_enabled():
+            if traits.writes or traits.stats is not None or self.tape is not None:
+                return self._pass(func, traits, args, kwargs, backward)
+            return self._count(self._run(func, args, kwargs, self.modules.current, None))
+        return self._record(func, traits, args, kwargs, grad_mode, backward)
+
+    def _run(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        call: ModuleCall,
+        random: tuple[torch.Generator, Tensor] | None,
+    ) -> Any:
+        if self._watched or func in self._hungry or self.tape is not None:
+            return self._room.run(func, args, kwargs, call, random)
+        try:
+            return func(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            return self._room.rescue(error, func, args, kwargs, random)
+
+    def _count(self, result: Any) -> Any:
+        """Count the bytes of what an op returned from which nothing will be recomputed. Returns it."""
+        for tensor in (result,) if isinstance(result, Tensor) else _tensors(result):
+            try:
+                storage = tensor.untyped_storage()
+            except (NotImplementedError, RuntimeError):  # sparse, opaque layouts
+                continue
+            if storage._cdata not in self._storages:
+                self.ledger.track(storage, None, storage.nbytes())
+        return result
 
     # -- one op that may be repeated ---------------------------------------------------------------------------------
 
@@ -177,16 +219,18 @@ class Recorder(TorchDispatchMode):
         if number > self._next_cut and not self.saves:
             self.cut()
         op = Op()
-        op.func, op.number, op.grad_mode, op.random = func, number, grad_mode, None
+        op.func, op.number, op.grad_mode = func, number, grad_mode
         op.call = call = self.modules.current
-        op.inputs, op.writes, op.outputs = [], [], []
+        op.inputs, op.outputs = [], []
         self._ask_reads = self.keeper.reads and not backward  # backward ops run outside of all modules
         opaque = traits.opaque or (why_opaque(func, args, kwargs) if traits.check else "")
         written: list[_Write] = []
+        past: list[_Write] = []
         me = weakref.ref(op)
         try:
             if traits.plain:
-                op.args = [self._ref(arg, op, me) if isinstance(arg, Tensor) else arg for arg in args]
+                ref = self._ref
+                op.args = [ref(arg, op, me) if isinstance(arg, Tensor) else arg for arg in args]
                 op.kwargs = kwargs
             else:
                 op.args, op.kwargs = self._template(op, me, traits, args, kwargs, written)
@@ -194,22 +238,26 @@ class Recorder(TorchDispatchMode):
             return self._pass(func, traits, args, kwargs, backward)
         if traits.random:
             op.random = _generator_state(args, kwargs)
-        past = [former for write in written for former in self._past(write.tensor)]
-        for write in written:
-            if not opaque and (write.old in op.inputs if write.whole else write.old.op is None):
-                opaque = OVERWRITTEN_LEAF
-        for write in (*written, *past):
-            self._before_write(write, op)
+        if written:
+            op.writes = []
+            past = [former for write in written for former in self._past(write.tensor)]
+            for write in written:
+                if not opaque and (write.old in op.inputs if write.whole else write.old.op is None):
+                    opaque = OVERWRITTEN_LEAF
+            for write in (*written, *past):
+                self._before_write(write, op)
 
         start = time.perf_counter()
-        result = self._room.run(func, args, kwargs, call, op.random)
+        result = self._run(func, args, kwargs, call, op.random)
         op.seconds = time.perf_counter() - start
         if op.random is not None:
             self._keep_random(op, *op.random)
 
-        made: list[Activation | None] = [self._rewrite(op, opaque, write) for write in written]
-        for write in past:
-            self._displace(op, write)
+        made: list[Activation | None] = []
+        if written:
+            made += [self._rewrite(op, opaque, write) for write in written]
+            for write in past:
+                self._displace(op, write)
         if isinstance(result, Tensor):
             op.outputs.append(self._output(op, traits, opaque, result, call, made))
         elif result is not None:
@@ -281,22 +329,36 @@ class Recorder(TorchDispatchMode):
             activation = self._leaf(tensor, tracked) if found is None or found.stale() else found
             if activation.version is None and activation.op is not None:
                 self.first_read(activation, tensor)
-        if activation.held is None:
-            if activation.why_kept or activation.is_checkpoint:
+        if activation.op is None:
+            self._guard(activation, tensor, op)
+        elif activation.held is None:
+            if activation.is_checkpoint:
                 self.hold(activation, tensor)
             elif self._ask_reads and self.keeper.read(activation.call, op.call):
                 activation.is_checkpoint = True
                 self.hold(activation, tensor)
-        self._reads(activation, op, me)
-        activation.last_use = op.number
+        if activation not in op.inputs:
+            self._reads(activation, op, me)
         weak = activation.weak
         return Ref(activation, activation.window if weak is not None and weak() is tensor else window_of(tensor))
 
+    def _guard(self, activation: Activation, tensor: Tensor, op: Op) -> None:
+        """See that what cannot be recomputed is there, and unchanged, when `op` is repeated."""
+        if activation.held is None:
+            if not activation.is_parameter:
+                self.hold(activation, tensor)
+                return
+            known = activation.watched()
+            op.guards = (*op.guards, (known, activation.version))
+        else:
+            known = activation.weak() if activation.weak is not None else None
+        if known is not tensor and not tensor.is_inference() and (known is None or tensor._base is not known):
+            op.guards = (*op.guards, (alias(tensor), tensor._version))  # it may count its writes apart
+
     @staticmethod
     def _reads(activation: Activation, op: Op, me: weakref.ref[Op]) -> None:
-        if activation in op.inputs:
-            return
         op.inputs.append(activation)
+        activation.last_use = op.number
         if activation.readers:
             activation.readers.append(me)  # type: ignore[attr-defined]
         else:
@@ -325,7 +387,10 @@ class Recorder(TorchDispatchMode):
             written.append(_Write(activation, tensor, whole))
         if whole:
             return Scratch(tensor, len(written) - 1)
-        self._reads(activation, op, me)
+        if activation.op is None:
+            self._guard(activation, tensor, op)
+        if activation not in op.inputs:
+            self._reads(activation, op, me)
         return Ref(activation, window_of(tensor))
 
     def _scratch(self, tensor: Tensor) -> Scratch:
@@ -363,12 +428,35 @@ class Recorder(TorchDispatchMode):
         else:
             activation.held = alias(tensor)
             activation.version = tensor._version
+            activation.watch(tensor)
         if tracked is None:
             tracked = self.ledger.track_leaf(tensor)
             assert tracked is not None
         tracked.lend(activation)
         activation.value_id = tracked.value_id
         return activation
+
+    def know_parameters(self, module: torch.nn.Module) -> None:
+        """Make leaves of the parameters of a module that is about to be called, once and for all its later calls.
+
+        Such a leaf does not hold its bytes, so that it can stay: each op that reads it holds the parameter itself.
+        """
+        for parameter in module.parameters():
+            if type(parameter) is not torch.nn.Parameter or parameter.layout is not torch.strided:
+                continue
+            storage = parameter.untyped_storage()
+            tracked = self._storages.get(storage._cdata) or self.ledger.track_leaf(parameter)
+            known = tracked.activation if tracked is not None else None
+            if tracked is None or tracked.nbytes or (known is not None and not known.stale()):
+                continue
+            if parameter.is_quantized or parameter.is_inference() or parameter.nbytes != storage.nbytes():
+                continue
+            activation = Activation(None, window_of(parameter), storage.nbytes(), self.modules.outside, LEAF)
+            activation.key, activation.is_parameter = storage._cdata, True
+            activation.version = parameter._version
+            activation.watch(parameter)
+            activation.value_id = tracked.value_id
+            tracked.own(activation)
 
     def hold(self, activation: Activation, tensor: Tensor) -> None:
         """Keep the bytes of an activation that `tensor` looks at. From inside a dispatch only."""
@@ -496,7 +584,7 @@ class Recorder(TorchDispatchMode):
         tape = self.tape
         inputs = tape.values_read(self.ledger, args, kwargs) if tape is not None else []
         start = time.perf_counter()
-        result = self._room.run(func, args, kwargs, self.modules.current)
+        result = self._run(func, args, kwargs, self.modules.current, None)
         seconds = time.perf_counter() - start
         if written or past:
             op = Op()
@@ -505,19 +593,13 @@ class Recorder(TorchDispatchMode):
                 self._rewrite(op, "not recorded", write)
             for write in past:
                 self._displace(op, write)
-        new = [tracked for tensor in _tensors(result) if (tracked := self._count(tensor)) is not None]
-        if tape is not None:
-            outputs = [tape.plain_value(tracked) for tracked in new]
-            tape.op(traits.name, inputs, outputs, self.modules.current, seconds, backward, traits.random)
+        if tape is None:
+            return self._count(result)
+        seen = set(self._storages)
+        self._count(result)
+        outputs = [tape.plain_value(tracked) for key, tracked in self._storages.items() if key not in seen]
+        tape.op(traits.name, inputs, outputs, self.modules.current, seconds, backward, traits.random)
         return result
-
-    def _count(self, tensor: Tensor) -> Tracked | None:
-        if not _has_storage(tensor):
-            return None
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._storages:
-            return None
-        return self.ledger.track(storage, None, storage.nbytes())
 
     def _current(self, tensor: Tensor) -> Activation | None:
         try:

@@ -59,23 +59,30 @@ class Sizes:
     def __init__(self) -> None:
         self._measured: dict[Any, Need] = {}
 
-    def need(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Need, bool]:
-        """(signature, what the op needs, whether that was measured)."""
-        signature = (func, *_key(args), *_key(kwargs.values()))
-        known = self._measured.get(signature)
-        if known is not None:
-            return signature, known, True
-        return signature, _guess(func, args, kwargs), False
+    @staticmethod
+    def signature(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What decides how much an op needs: the op and the geometry of its arguments."""
+        return (func, *_key(args), *_key(kwargs.values()))
 
-    def run(self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Run the op and remember what it needed."""
+    def measured(self, signature: Any) -> Need | None:
+        """What an op of this signature needed when it ran; None if that is not known."""
+        return self._measured.get(signature)
+
+    @staticmethod
+    def guess(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Need:
+        """What an op is going to need."""
+        return _guess(func, args, kwargs)
+
+    def measure(self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Need]:
+        """Run the op and remember what it needed. Returns its result and that; nothing if it could not be measured."""
         with AllocatorWatch() as watch:
             result = func(*args, **kwargs)
+        need = Need(max(0, watch.nbytes), watch.peak_nbytes - max(0, watch.nbytes))
         if watch.worked:
             if len(self._measured) >= _MOST_SIGNATURES:
                 self._measured.clear()
-            self._measured[signature] = Need(max(0, watch.nbytes), watch.peak_nbytes - max(0, watch.nbytes))
-        return result
+            self._measured[signature] = need
+        return result, need
 
 
 def _key(args: Any) -> Iterator[Any]:

@@ -103,14 +103,14 @@ class Session:
             session = me()
             return session._step if session is not None else Stats()
 
-        def count_leaves(module: torch.nn.Module) -> None:
+        def on_root(module: torch.nn.Module) -> None:
             session = me()
             if session is not None:
-                session._count_leaves(module)
+                session._meet(module)
 
         ledger = self._ledger = Ledger(on_death)
         watches = self.memory_budget is not None or pressure is not None
-        self.modules = ModuleStack(count_leaves if watches else None)
+        self.modules = ModuleStack(on_root)
         self._pressure = (
             Pressure(default_reader(lambda: ledger.total_nbytes, self.memory_budget)) if pressure is None else pressure
         )
@@ -223,8 +223,12 @@ class Session:
         """Whether nothing has to be recorded in this step: all is kept, and nobody asked for more."""
         return isinstance(self.policy, KeepAll) and self._may_rest and not self._record_next and not self._marks
 
-    def _count_leaves(self, module: torch.nn.Module) -> None:
-        """Know the bytes of parameters, gradients and buffers before the first op, not when it reads them."""
+    def _meet(self, module: torch.nn.Module) -> None:
+        """Know the parameters, and with a budget the bytes of gradients and buffers, before an op reads them."""
+        if self._stack is not None:
+            self._recorder.know_parameters(module)
+        if self.memory_budget is None:
+            return
         for tensor in (*module.parameters(), *module.buffers()):
             self._ledger.track_leaf(tensor)
             if tensor.grad is not None:
