@@ -56,14 +56,14 @@ class Op:
         grad_mode: whether gradients were enabled; some kernels choose by it.
         number: position in the session's stream of ops; inputs have smaller numbers.
         seconds: what it took, on the clock of the host.
-        guards: (tensor, version) of what it read that nothing can recompute: held, and no longer what it was if the
-            version moves.
+        guards: (leaf, tensor, version) of what it read that nothing can recompute. The tensor is held, and if its
+            version moves it is no longer what was read, unless the leaf has a snapshot.
     """
 
     # Class attributes, not slots: most ops never change most of these.
     writes: list[tuple[Activation | None, weakref.ref[Activation] | None]] = []
     random: tuple[torch.Generator, torch.Tensor] | None = None
-    guards: tuple[tuple[torch.Tensor | None, int | None], ...] = ()
+    guards: tuple[tuple[Activation, torch.Tensor, int | None], ...] = ()
 
     func: Any
     args: list[Any]
@@ -186,11 +186,6 @@ class Activation:
         if base is None and self.weak is not None:
             base = self.weak()
         return base is not None and base._version != version
-
-    def forget_dead(self) -> None:
-        """Drop the weak references to readers and handles that are gone."""
-        self.readers = [reference for reference in self.readers if reference() is not None]
-        self.handles = [reference for reference in self.handles if reference() is not None]
 
     def is_source(self, but: Op | None = None) -> bool:
         """Whether something else may have to be recomputed from it, other than by `but`."""

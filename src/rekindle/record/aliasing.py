@@ -113,10 +113,6 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
     def forget(self) -> None:
         """Make what the storage holds a leaf for the ops to come."""
         activation = self.activation
-        if activation is not None and activation.is_parameter:
-            activation.forget_dead()
-            self.value_id = activation.value_id = -1
-            return
         past = [activation, *(reference() for reference in self.past)]
         self.past = [weakref.ref(a) for a in past if a is not None]
         self.own(None)
@@ -203,12 +199,14 @@ class Ledger:
             tracked.forget()
 
     def _died(self, tracked: weakref.ref[torch.UntypedStorage]) -> None:
-        assert isinstance(tracked, Tracked)
+        assert type(tracked) is Tracked
         if self.storages.get(tracked.key) is tracked:
             del self.storages[tracked.key]
         self.live_nbytes -= tracked.nbytes
         self.leaf_nbytes -= tracked.leaf_nbytes
         activation = tracked.activation
+        if activation is None:
+            return
         tracked.own(None)
-        if activation is not None and activation.handles and not tracked.recomputed:
+        if activation.handles and not tracked.recomputed:
             self._on_death(activation, tracked.nbytes)

@@ -46,7 +46,7 @@ class Room(Protocol):
     """Who runs ops so that what they allocate fits."""
 
     watches: bool
-    hungry: set[Any]
+    hungry: set[str]
 
     def rescue(
         self,
@@ -157,7 +157,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        traits = KNOWN.get(func) or traits_of(func)
+        traits = KNOWN.get(id(func)) or traits_of(func)
         if traits.view:
             return func(*args, **kwargs) if kwargs else func(*args)
         if types:
@@ -175,18 +175,19 @@ class Recorder(TorchDispatchMode):
         if (not grad_mode and backward) or torch.is_inference_mode_enabled():
             if traits.writes or traits.stats is not None or self.tape is not None:
                 return self._pass(func, traits, args, kwargs, backward)
-            return self._count(self._run(func, args, kwargs, self.modules.current, None))
+            return self._count(self._run(func, traits, args, kwargs, self.modules.current, None))
         return self._record(func, traits, args, kwargs, grad_mode, backward)
 
     def _run(
         self,
         func: Any,
+        traits: Traits,
         args: Any,
         kwargs: dict[str, Any],
         call: ModuleCall,
         random: tuple[torch.Generator, Tensor] | None,
     ) -> Any:
-        if self._watched or func in self._hungry or self.tape is not None:
+        if self._watched or traits.name in self._hungry or self.tape is not None:
             return self._room.run(func, args, kwargs, call, random)
         try:
             return func(*args, **kwargs)
@@ -195,13 +196,16 @@ class Recorder(TorchDispatchMode):
 
     def _count(self, result: Any) -> Any:
         """Count the bytes of what an op returned from which nothing will be recomputed. Returns it."""
-        for tensor in (result,) if isinstance(result, Tensor) else _tensors(result):
+        if isinstance(result, (list, tuple)):
+            for item in result:
+                self._count(item)
+        elif isinstance(result, Tensor):
             try:
-                storage = tensor.untyped_storage()
+                storage = result.untyped_storage()
+                if storage._cdata not in self._storages:
+                    self.ledger.track(storage, None, storage.nbytes())
             except (NotImplementedError, RuntimeError):  # sparse, opaque layouts
-                continue
-            if storage._cdata not in self._storages:
-                self.ledger.track(storage, None, storage.nbytes())
+                pass
         return result
 
     # -- one op that may be repeated ---------------------------------------------------------------------------------
@@ -248,7 +252,7 @@ class Recorder(TorchDispatchMode):
                 self._before_write(write, op)
 
         start = time.perf_counter()
-        result = self._run(func, args, kwargs, call, op.random)
+        result = self._run(func, traits, args, kwargs, call, op.random)
         op.seconds = time.perf_counter() - start
         if op.random is not None:
             self._keep_random(op, *op.random)
@@ -349,11 +353,12 @@ class Recorder(TorchDispatchMode):
                 self.hold(activation, tensor)
                 return
             known = activation.watched()
-            op.guards = (*op.guards, (known, activation.version))
+            assert known is not None
+            op.guards = (*op.guards, (activation, known, activation.version))
         else:
             known = activation.weak() if activation.weak is not None else None
         if known is not tensor and not tensor.is_inference() and (known is None or tensor._base is not known):
-            op.guards = (*op.guards, (alias(tensor), tensor._version))  # it may count its writes apart
+            op.guards = (*op.guards, (activation, alias(tensor), tensor._version))  # it may count its writes apart
 
     @staticmethod
     def _reads(activation: Activation, op: Op, me: weakref.ref[Op]) -> None:
@@ -437,9 +442,8 @@ class Recorder(TorchDispatchMode):
         return activation
 
     def know_parameters(self, module: torch.nn.Module) -> None:
-        """Make leaves of the parameters of a module that is about to be called, once and for all its later calls.
-
-        Such a leaf does not hold its bytes, so that it can stay: each op that reads it holds the parameter itself.
+        """Make leaves of the parameters of a module that is about to be called, at less cost than when ops read them:
+        such a leaf does not hold its bytes through an alias; each op that reads it holds the parameter itself.
         """
         for parameter in module.parameters():
             if type(parameter) is not torch.nn.Parameter or parameter.layout is not torch.strided:
@@ -584,7 +588,7 @@ class Recorder(TorchDispatchMode):
         tape = self.tape
         inputs = tape.values_read(self.ledger, args, kwargs) if tape is not None else []
         start = time.perf_counter()
-        result = self._run(func, args, kwargs, self.modules.current, None)
+        result = self._run(func, traits, args, kwargs, self.modules.current, None)
         seconds = time.perf_counter() - start
         if written or past:
             op = Op()

@@ -110,15 +110,18 @@ class Traits:
     plain: bool = False
 
 
-KNOWN: dict[Any, Traits] = {}
-"""The traits of the overloads met so far: `traits_of` without the call, for the recorder."""
+KNOWN: dict[int, Traits] = {}
+"""The traits of the overloads met so far by `id`: overloads hash in Python, which costs more than the look-up. For the
+recorder; everybody else calls `traits_of`."""
+_kept: list[Any] = []  # so that no other object gets the `id` of one
 
 
 def traits_of(func: Any) -> Traits:
     """The traits of an overload, worked out once per process."""
-    traits = KNOWN.get(func)
+    traits = KNOWN.get(id(func))
     if traits is None:
-        traits = KNOWN[func] = _read(func)
+        _kept.append(func)
+        traits = KNOWN[id(func)] = _read(func)
     return traits
 
 

@@ -249,8 +249,9 @@ def missing_ops(target: Activation, most: int | None = None) -> Missing:
         if op.number in ops:
             continue
         ops[op.number] = op
-        if any(tensor is None or tensor._version != version for tensor, version in op.guards):
-            missing.lost = missing.lost or (_changed_leaf(op), op)
+        for leaf, tensor, version in op.guards:
+            if not leaf.snapshot and tensor._version != version and missing.lost is None:
+                missing.lost = leaf, op
         for source in op.inputs:
             if id(source) in missing.bases:
                 continue
@@ -263,12 +264,6 @@ def missing_ops(target: Activation, most: int | None = None) -> Missing:
                 missing.lost = source, op
     missing.ops = [ops[number] for number in sorted(ops)]
     return missing
-
-
-def _changed_leaf(op: Op) -> Activation:
-    """The leaf that a guard of `op` speaks of, as far as can be told."""
-    leaves = [source for source in op.inputs if source.op is None]
-    return next((leaf for leaf in leaves if leaf.changed()), leaves[0])
 
 
 def _call(op: Op, args: list[Any], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:

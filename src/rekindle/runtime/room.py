@@ -27,7 +27,7 @@ class Room:
 
     Attributes:
         watches: whether memory is looked at before each op. If not, `run` only measures.
-        hungry: the ops whose kernels were seen to take much more than what they return.
+        hungry: names of the ops whose kernels were seen to take much more than what they return.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Room:
     ) -> None:
         """`budget` is the most bytes that may be live, None if only the levels of pressure count."""
         self.watches = watches
-        self.hungry: set[Any] = set()
+        self.hungry: set[str] = set()
         self._ledger = ledger
         self._evictor = evictor
         self._pressure = pressure
@@ -81,7 +81,7 @@ class Room:
             return self.rescue(error, func, args, kwargs, random)
         self._ledger.note(need.nbytes)
         if need.temporaries > _UNSEEN:
-            self.hungry.add(func)
+            self.hungry.add(traits_of(func).name)
         return result
 
     def make(self, nbytes: int, func: Any, call: ModuleCall, guessed: int = 0) -> None:
