@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch._C._dynamo import eval_frame
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _AD_INPLACE_OR_VIEW = torch._C.DispatchKey.ADInplaceOrView
 
@@ -82,9 +82,9 @@ class _Probe(TorchDispatchMode):
 
 def _handler_level() -> tuple[Any, Any]:
     probe = _Probe()  # type: ignore[no-untyped-call]
-    with probe, torch.no_grad():
+    with _disable_current_modes(), probe, torch.no_grad():  # no mode is to see this op, our recorder least of all
         torch.empty(0)
-    include = probe.include  # names the Python keys still if another mode was active just now
+    include = probe.include
     for key in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):
         include = include.remove(key)
     return include, probe.exclude
