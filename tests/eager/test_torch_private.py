@@ -24,6 +24,7 @@ from rekindle.record.torch_private import (
     at_recorded_level,
     current_graph_task,
     current_node,
+    hooks_refused,
     in_func_transform,
     never_compile,
     when_backward_ends,
@@ -403,6 +404,17 @@ def test_transforms_refuse_hooks_by_a_known_message():
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with pytest.raises(RuntimeError, match=r"torch\.func.*saved tensor hooks"), hooks:
         torch.func.grad(lambda x: x.square().sum())(torch.ones(3))
+
+
+def test_hooks_refused():
+    """Where hooks are disabled the reason can be read, and entering hooks raises it."""
+    assert hooks_refused() is None
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.autograd.graph.disable_saved_tensors_hooks("mine"):
+        assert hooks_refused() == "mine"
+        with pytest.raises(RuntimeError, match="mine"), hooks:
+            pass
+    assert hooks_refused() is None
 
 
 # -- storages and weak references --------------------------------------------------------------------------------------

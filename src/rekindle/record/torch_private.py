@@ -11,6 +11,7 @@ version which breaks one fails there first.
   `never_compile` tells Dynamo's frame evaluator the same once and for all.
 * Graph tasks. The engine numbers each backward pass and runs callbacks at its end. There is no public way to learn
   either. FSDP and DDP use the same two calls.
+* Disabled hooks. Code that cannot bear saved-tensor hooks disables them, and says why to whoever asks.
 * Nodes. The engine knows which node of the graph it is running, and nodes have numbers.
 """
 
@@ -60,6 +61,12 @@ def when_backward_ends(callback: Callable[[], None]) -> None:
 def in_func_transform() -> bool:
     """Whether a `torch.func` transform is active, under which saved-tensor hooks are refused."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def hooks_refused() -> str | None:
+    """Why saved-tensor hooks are refused here, by `torch.autograd.graph.disable_saved_tensors_hooks`; None if not."""
+    message: str | None = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    return message
 
 
 class _Probe(TorchDispatchMode):

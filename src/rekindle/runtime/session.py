@@ -17,7 +17,7 @@ from rekindle.record.aliasing import Ledger
 from rekindle.record.modules import ModuleStack
 from rekindle.record.recorder import Recorder
 from rekindle.record.tape import Tape
-from rekindle.record.torch_private import in_func_transform
+from rekindle.record.torch_private import hooks_refused, in_func_transform
 from rekindle.runtime.decide import Decisions
 from rekindle.runtime.follow import PlanCache
 from rekindle.runtime.hooks import SavedTensors
@@ -125,21 +125,26 @@ class Session:
             ) from error
 
     def _check_enter(self) -> None:
-        if self._thread is not None:
-            where = "this thread" if self._thread == threading.get_ident() else "another thread"
-            raise SessionError(
-                f"the session is already entered, on {where}. Leave the first `with` block before, or make a "
-                "rekindle.Session for each thread."
-            )
         if in_func_transform():
             raise UnsupportedContext(
                 "a session cannot be entered inside a torch.func transform, which refuses saved-tensor hooks. Use "
                 "torch.autograd.grad instead of the transform."
             )
+        if (refused := hooks_refused()) is not None:
+            raise UnsupportedContext(
+                f"a session cannot be entered where saved-tensor hooks are disabled: {refused} Enter it outside of "
+                "torch.autograd.graph.disable_saved_tensors_hooks."
+            )
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise UnsupportedContext(
                 "a session cannot be entered while a CUDA graph is captured: a captured graph cannot contain "
                 "evictions. Capture without the session."
+            )
+        if self._thread is not None:
+            where = "this thread" if self._thread == threading.get_ident() else "another thread"
+            raise SessionError(
+                f"the session is already entered, on {where}. Leave the first `with` block before, or make a "
+                "rekindle.Session for each thread."
             )
         self._thread = threading.get_ident()
 
