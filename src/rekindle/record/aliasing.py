@@ -36,11 +36,17 @@ def byte_range(window: Window) -> tuple[int, int]:
     return offset * dtype.itemsize, (offset + span + 1) * dtype.itemsize
 
 
+def is_window(base: torch.Tensor, window: Window) -> bool:
+    """Whether `base` itself is that window onto its storage."""
+    same = window == (base.size(), base.stride(), base.storage_offset(), base.dtype)
+    return same and not base.is_conj() and not base.is_neg()
+
+
 def look(base: torch.Tensor, window: Window) -> torch.Tensor:
     """The tensor that is `window` onto the storage of `base`. Call it at the recorded dispatch level."""
-    lazy = base.is_conj() or base.is_neg()
-    if not lazy and window == (base.size(), base.stride(), base.storage_offset(), base.dtype):
+    if is_window(base, window):
         return base
+    lazy = base.is_conj() or base.is_neg()
     size, stride, offset, dtype = window[:4]
     if base.dtype is dtype and not lazy:
         tensor = base.as_strided(size, stride, offset)

@@ -29,10 +29,11 @@ Tensor = torch.Tensor
 class Keeper(Protocol):
     """Who decides what is kept, asked as the step runs."""
 
+    makes: bool
     reads: bool
 
     def made(self, name: str, call: ModuleCall) -> bool:
-        """Whether a new evictable activation becomes a checkpoint."""
+        """Whether a new evictable activation becomes a checkpoint. Asked only if `makes`."""
 
     def read(self, made_in: ModuleCall, read_in: ModuleCall) -> bool:
         """Whether an activation becomes a checkpoint because this call reads it. Asked only if `reads`."""
@@ -329,7 +330,9 @@ class Recorder(TorchDispatchMode):
         if tracked is None:
             activation = self._leaf(tensor, None)
         else:
-            found = tracked.owned or tracked.activation
+            found = tracked.owned
+            if found is None and tracked.lent is not None:
+                found = tracked.lent()
             activation = self._leaf(tensor, tracked) if found is None or found.stale() else found
             if activation.version is None and activation.op is not None:
                 self.first_read(activation, tensor)
@@ -342,32 +345,23 @@ class Recorder(TorchDispatchMode):
                 activation.is_checkpoint = True
                 self.hold(activation, tensor)
         if activation not in op.inputs:
-            self._reads(activation, op, me)
+            op.inputs.append(activation)
+            activation.last_use = op.number
+            if activation.readers:
+                activation.readers.append(me)  # type: ignore[attr-defined]
+            else:
+                activation.readers = [me]
         weak = activation.weak
         return Ref(activation, activation.window if weak is not None and weak() is tensor else window_of(tensor))
 
     def _guard(self, activation: Activation, tensor: Tensor, op: Op) -> None:
         """See that what cannot be recomputed is there, and unchanged, when `op` is repeated."""
-        if activation.held is None:
-            if not activation.is_parameter:
-                self.hold(activation, tensor)
-                return
-            known = activation.watched()
-            assert known is not None
-            op.guards = (*op.guards, (activation, known, activation.version))
-        else:
-            known = activation.weak() if activation.weak is not None else None
+        if activation.held is None and activation.storage is None:
+            self.hold(activation, tensor)
+            return
+        known = activation.weak() if activation.weak is not None else None
         if known is not tensor and not tensor.is_inference() and (known is None or tensor._base is not known):
             op.guards = (*op.guards, (activation, alias(tensor), tensor._version))  # it may count its writes apart
-
-    @staticmethod
-    def _reads(activation: Activation, op: Op, me: weakref.ref[Op]) -> None:
-        op.inputs.append(activation)
-        activation.last_use = op.number
-        if activation.readers:
-            activation.readers.append(me)  # type: ignore[attr-defined]
-        else:
-            activation.readers = [me]
 
     def _target(
         self,
@@ -392,11 +386,7 @@ class Recorder(TorchDispatchMode):
             written.append(_Write(activation, tensor, whole))
         if whole:
             return Scratch(tensor, len(written) - 1)
-        if activation.op is None:
-            self._guard(activation, tensor, op)
-        if activation not in op.inputs:
-            self._reads(activation, op, me)
-        return Ref(activation, window_of(tensor))
+        return self._ref(tensor, op, me)
 
     def _scratch(self, tensor: Tensor) -> Scratch:
         """A running statistic: written, and never read by anything that will be repeated."""
@@ -422,45 +412,32 @@ class Recorder(TorchDispatchMode):
         return Ref(activation, activation.window)
 
     def _leaf(self, tensor: Tensor, tracked: Tracked | None) -> Activation:
-        """A value that no op of this forward made. It is held: nothing could bring it back."""
+        """A value that no op of this forward made. It is held, since nothing could bring it back: by an alias, or if it
+        is a parameter by its storage, which costs less."""
         storage = tensor.untyped_storage()
         if tensor.is_quantized:
             raise NotImplementedError("quantised tensors are left alone")
-        activation = Activation(None, window_of(tensor), storage.nbytes(), self.modules.current, LEAF)
-        activation.key = storage._cdata
-        if tensor.is_inference():
-            activation.held = tensor
-        else:
-            activation.held = alias(tensor)
-            activation.version = tensor._version
-            activation.watch(tensor)
         if tracked is None:
             tracked = self.ledger.track_leaf(tensor)
             assert tracked is not None
+        owner = tensor if type(tensor) is torch.nn.Parameter else tensor._base
+        if type(owner) is torch.nn.Parameter and not owner.is_inference():
+            activation = Activation(None, window_of(owner), storage.nbytes(), self.modules.outside, LEAF)
+            activation.storage = storage
+            activation.version = owner._version
+            activation.watch(owner)
+        else:
+            activation = Activation(None, window_of(tensor), storage.nbytes(), self.modules.current, LEAF)
+            if tensor.is_inference():
+                activation.held = tensor
+            else:
+                activation.held = alias(tensor)
+                activation.version = tensor._version
+                activation.watch(tensor)
         tracked.lend(activation)
+        activation.key = storage._cdata
         activation.value_id = tracked.value_id
         return activation
-
-    def know_parameters(self, module: torch.nn.Module) -> None:
-        """Make leaves of the parameters of a module that is about to be called, at less cost than when ops read them:
-        such a leaf does not hold its bytes through an alias; each op that reads it holds the parameter itself.
-        """
-        for parameter in module.parameters():
-            if type(parameter) is not torch.nn.Parameter or parameter.layout is not torch.strided:
-                continue
-            storage = parameter.untyped_storage()
-            tracked = self._storages.get(storage._cdata) or self.ledger.track_leaf(parameter)
-            known = tracked.activation if tracked is not None else None
-            if tracked is None or tracked.nbytes or (known is not None and not known.stale()):
-                continue
-            if parameter.is_quantized or parameter.is_inference() or parameter.nbytes != storage.nbytes():
-                continue
-            activation = Activation(None, window_of(parameter), storage.nbytes(), self.modules.outside, LEAF)
-            activation.key, activation.is_parameter = storage._cdata, True
-            activation.version = parameter._version
-            activation.watch(parameter)
-            activation.value_id = tracked.value_id
-            tracked.own(activation)
 
     def hold(self, activation: Activation, tensor: Tensor) -> None:
         """Keep the bytes of an activation that `tensor` looks at. From inside a dispatch only."""
@@ -478,7 +455,7 @@ class Recorder(TorchDispatchMode):
         """Note that an activation holds its bytes itself now."""
         assert activation.held is not None
         tracked = self._storages[activation.held.untyped_storage()._cdata]
-        tracked.lend(activation)
+        tracked.owned, tracked.lent = None, weakref.ref(activation)
         tracked.value_id = activation.value_id
 
     def first_read(self, activation: Activation, tensor: Tensor) -> None:
@@ -500,12 +477,15 @@ class Recorder(TorchDispatchMode):
         if storage._cdata in self._storages:
             return None
         nbytes = storage.nbytes()
+        if nbytes < self._min_nbytes and self.tape is None:
+            self.ledger.track(storage, None, nbytes)  # becomes a leaf, if anything reads it
+            return None
         why = opaque or (SMALL if nbytes < self._min_nbytes else UNINITIALISED if traits.uninitialised else "")
         activation = Activation(None if why else op, window_of(tensor), nbytes, call, why)
         activation.weak, activation.home = weakref.ref(tensor), storage._cdata
         activation.version = tensor._version
         self.ledger.track(storage, activation, nbytes)
-        if not why and self.keeper.made(traits.name, call):
+        if not why and self.keeper.makes and self.keeper.made(traits.name, call):
             activation.is_checkpoint = True
         made.append(activation)
         return weakref.ref(activation)
@@ -538,7 +518,7 @@ class Recorder(TorchDispatchMode):
             source = tensor if write.watch is None else write.watch
             new = Activation(op, window_of(source), old.nbytes, op.call)
             new.watch(source)
-            new.is_checkpoint = self.keeper.made(str(op.func), op.call)
+            new.is_checkpoint = self.keeper.makes and self.keeper.made(str(op.func), op.call)
         op.writes.append((None if whole else old, weakref.ref(new) if new is not None else None))
         tracked.own(new)
         tracked.value_id = -1

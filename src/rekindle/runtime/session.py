@@ -110,7 +110,7 @@ class Session:
 
         ledger = self._ledger = Ledger(on_death)
         watches = self.memory_budget is not None or pressure is not None
-        self.modules = ModuleStack(on_root)
+        self.modules = ModuleStack(on_root if watches else None)
         self._pressure = (
             Pressure(default_reader(lambda: ledger.total_nbytes, self.memory_budget)) if pressure is None else pressure
         )
@@ -234,11 +234,7 @@ class Session:
         return isinstance(self.policy, KeepAll) and self._may_rest and not self._record_next and not self._marks
 
     def _meet(self, module: torch.nn.Module) -> None:
-        """Know the parameters, and with a budget the bytes of gradients and buffers, before an op reads them."""
-        if self._stack is not None:
-            self._recorder.know_parameters(module)
-        if self.memory_budget is None:
-            return
+        """Know the bytes of parameters, gradients and buffers before an op reads them."""
         for tensor in (*module.parameters(), *module.buffers()):
             self._ledger.track_leaf(tensor)
             if tensor.grad is not None:
