@@ -150,11 +150,11 @@ def test_exception_in_replay(policy, number, monkeypatch):
     model, session = small_model(3), rekindle.Session(policy)
     call, count = replay._call, Counter()
 
-    def fail(op, args, kwargs):
+    def fail(op, args, kwargs, run):
         count["ops"] += 1
         if count["ops"] == number:
             raise Stop
-        return call(op, args, kwargs)
+        return call(op, args, kwargs, run)
 
     for failures in (1, 2):
         count.clear()
