@@ -42,6 +42,27 @@ class Scratch:
         self.slot = slot
 
 
+class Guard:
+    """A leaf that an op read through a tensor which may count its writes apart from the one that the leaf is known by.
+
+    `version` is what it was when it was read, None from a recorded write beside it until autograd has counted that.
+    """
+
+    __slots__ = ("leaf", "tensor", "version")
+
+    def __init__(self, leaf: Activation, tensor: torch.Tensor, version: int | None) -> None:
+        self.leaf, self.tensor, self.version = leaf, tensor, version
+
+    def broken(self) -> bool:
+        """Whether the bytes are no longer what was read, so that only a snapshot has them."""
+        return self.version is not None and self.tensor._version != self.version and not self.leaf.snapshot
+
+    def settle(self) -> None:
+        """Learn the version after a recorded write."""
+        if self.version is None:
+            self.version = self.tensor._version
+
+
 class Op:
     """One recorded ATen call.
 
@@ -57,15 +78,13 @@ class Op:
         grad_mode: whether gradients were enabled; some kernels choose by it.
         number: position in the session's stream of ops; inputs have smaller numbers.
         seconds: what it took, on the clock of the host.
-        guards: (leaf, tensor, version) of each leaf that it read through a tensor which may count its writes apart from
-            the one that the leaf is known by: if the version moves, the bytes are no longer what was read, unless the
-            leaf has a snapshot.
+        guards: of the leaves that it read, where they need one.
     """
 
     # Class attributes, not slots: most ops never change most of these.
     writes: list[tuple[Activation | None, weakref.ref[Activation] | None]] = []
     random: tuple[torch.Generator, torch.Tensor] | None = None
-    guards: tuple[tuple[Activation, torch.Tensor, int], ...] = ()
+    guards: tuple[Guard, ...] = ()
 
     func: Any
     args: list[Any]

@@ -27,26 +27,52 @@ def window_of(tensor: torch.Tensor) -> Window:
     return window
 
 
-def byte_range(window: Window) -> tuple[int, int]:
-    """The bytes of a storage that a window can touch: from the first up to, not including, the second."""
+def disjoint(one: Window, other: Window) -> bool:
+    """Whether two windows surely share no byte of their storage. Columns of a matrix interleave and share none.
+
+    In doubt they do share: the answer is exact where strides nest and those of both agree, as they do for slices.
+    """
+    return _disjoint(*_steps(one), *_steps(other))
+
+
+def _steps(window: Window) -> tuple[int, list[tuple[int, int]]]:
+    """Where a window begins, and (stride, length) of its dimensions from the widest stride in; all in bytes."""
     size, stride, offset, dtype = window[:4]
-    if 0 in size:
-        return offset * dtype.itemsize, offset * dtype.itemsize
-    span = sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    return offset * dtype.itemsize, (offset + span + 1) * dtype.itemsize
+    item = dtype.itemsize
+    steps = [(step * item, length) for step, length in zip(stride, size, strict=True) if length != 1 and step]
+    return offset * item, [*sorted(steps, reverse=True), (1, item if 0 not in size else 0)]
 
 
-def is_window(base: torch.Tensor, window: Window) -> bool:
-    """Whether `base` itself is that window onto its storage."""
-    same = window == (base.size(), base.stride(), base.storage_offset(), base.dtype)
-    return same and not base.is_conj() and not base.is_neg()
+def _disjoint(start: int, steps: list[tuple[int, int]], begin: int, others: list[tuple[int, int]]) -> bool:
+    span, width = _span(steps), _span(others)
+    if start + span <= begin or begin + width <= start or not (span and width):
+        return True
+    row = max(steps[0][0], others[0][0])  # look at the storage as rows of the widest stride
+    if row == 1:
+        return False
+    (count, steps), (number, others) = _rows(steps, row), _rows(others, row)
+    first, left = divmod(start, row)
+    second, right = divmod(begin, row)
+    if left + _span(steps) > row or right + _span(others) > row:
+        return False  # one runs over the end of a row
+    if first + count <= second or second + number <= first:
+        return True
+    return _disjoint(left, steps, right, others)
+
+
+def _rows(steps: list[tuple[int, int]], row: int) -> tuple[int, list[tuple[int, int]]]:
+    return (steps[0][1], steps[1:]) if steps[0][0] == row else (1, steps)
+
+
+def _span(steps: list[tuple[int, int]]) -> int:
+    return 0 if any(not length for _, length in steps) else 1 + sum(step * (length - 1) for step, length in steps)
 
 
 def look(base: torch.Tensor, window: Window) -> torch.Tensor:
     """The tensor that is `window` onto the storage of `base`. Call it at the recorded dispatch level."""
-    if is_window(base, window):
-        return base
     lazy = base.is_conj() or base.is_neg()
+    if not lazy and window == (base.size(), base.stride(), base.storage_offset(), base.dtype):
+        return base
     size, stride, offset, dtype = window[:4]
     if base.dtype is dtype and not lazy:
         tensor = base.as_strided(size, stride, offset)

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rekindle.record.activation import Activation, Op, Ref, Scratch
-from rekindle.record.aliasing import Ledger, Tracked, byte_range, covers, window_of
+from rekindle.record.activation import Activation, Guard, Op, Ref, Scratch
+from rekindle.record.aliasing import Ledger, Tracked, Window, covers, disjoint, window_of
 from rekindle.record.modules import ModuleCall, ModuleStack
 from rekindle.record.schema import KNOWN, Traits, trains, traits_of, why_opaque
 from rekindle.record.tape import Tape
@@ -22,6 +22,7 @@ SMALL = "too small to be worth a decision"
 UNINITIALISED = "from an empty tensor that no recorded op has filled"
 OVERWRITTEN_LEAF = "from an op that writes over what it reads, which nothing could bring back"
 _OPS_BETWEEN_CUTS = 4096
+_UNCOUNTED = ("aten._fused_", "aten._amp_")  # ops that write to lists and never count it
 
 Tensor = torch.Tensor
 
@@ -88,22 +89,30 @@ class _Write:
 
     Attributes:
         old: what it holds before.
-        tensor: through which it is written.
+        tensors: through which it is written.
+        key: its address.
         whole: the op overwrites all of it, without reading it.
         watch: the tensor through which `old` is known.
         handles: what autograd saved of `old`.
-        seen: autograd will see the write, if it asks.
+        doomed: those of them that the write destroys in the sight of autograd, if it asks.
+        spared: the ops that read of `old` only what the write does not touch, if `old` is a leaf.
         intact: nobody has written to it yet where the recorder could not see.
     """
 
-    __slots__ = ("handles", "intact", "old", "seen", "tensor", "watch", "whole")
+    __slots__ = ("doomed", "handles", "intact", "key", "old", "spared", "tensors", "watch", "whole")
 
     def __init__(self, old: Activation, tensor: Tensor, whole: bool) -> None:
-        self.old, self.tensor, self.whole = old, tensor, whole
+        self.old, self.tensors, self.whole = old, [tensor], whole
+        self.key = tensor.untyped_storage()._cdata
         self.watch = _watch(old)
         self.handles = list(old.live_handles())
-        self.seen = True
+        self.doomed: list[Any] = []
+        self.spared: list[Op] = []
         self.intact = not old.changed()
+
+    def touches(self, window: Window) -> bool:
+        """Whether it may write bytes that `window` looks at."""
+        return not all(disjoint(window, window_of(tensor)) for tensor in self.tensors)
 
 
 class Recorder(TorchDispatchMode):
@@ -137,11 +146,13 @@ class Recorder(TorchDispatchMode):
         self._snapshot = snapshot
         self._storages = ledger.storages
         self._next_cut = _OPS_BETWEEN_CUTS
+        self._unsettled: list[weakref.ref[Any]] = []
         self._graph_task = -1
         self._ask_reads = False
 
     def cut(self) -> None:
         """Make every value there is a leaf for the ops to come: a forward never reaches back into an older one."""
+        self._settle()
         self.ledger.forget_activations()
         self.saves = 0
         self._next_cut = self.number + _OPS_BETWEEN_CUTS
@@ -169,6 +180,7 @@ class Recorder(TorchDispatchMode):
         backward = graph_task != -1
         if backward and graph_task != self._graph_task:
             self._graph_task = graph_task
+            self._settle()
             when_backward_ends(self._backward_ended)
         if traits.reshapes:
             return self._reshape(func, args, kwargs)
@@ -245,7 +257,7 @@ class Recorder(TorchDispatchMode):
             op.random = _generator_state(args, kwargs)
         if written:
             op.writes = []
-            past = [former for write in written for former in self._past(write.tensor)]
+            past = [former for write in written for former in self._past(write.tensors)]
             for write in written:
                 if not opaque and (write.old in op.inputs if write.whole else write.old.op is None):
                     opaque = OVERWRITTEN_LEAF
@@ -253,8 +265,15 @@ class Recorder(TorchDispatchMode):
                 self._before_write(write, op)
 
         start = time.perf_counter()
-        result = self._run(func, traits, args, kwargs, call, op.random)
+        lists = _lists(traits, args, kwargs) if written else ()
+        try:
+            result = self._run(func, traits, args, kwargs, call, op.random)
+        except BaseException:
+            self._failed([*written, *past])
+            raise
         op.seconds = time.perf_counter() - start
+        if lists:
+            _count_writes(lists)
         if op.random is not None:
             self._keep_random(op, *op.random)
 
@@ -361,7 +380,7 @@ class Recorder(TorchDispatchMode):
             return
         known = activation.weak() if activation.weak is not None else None
         if known is not tensor and not tensor.is_inference() and (known is None or tensor._base is not known):
-            op.guards = (*op.guards, (activation, alias(tensor), tensor._version))  # it may count its writes apart
+            op.guards = (*op.guards, Guard(activation, alias(tensor), tensor._version))  # it may count its writes apart
 
     def _target(
         self,
@@ -379,9 +398,11 @@ class Recorder(TorchDispatchMode):
             tracked = self._storages[storage._cdata]
         whole = traits.overwrites and tracked.nbytes > 0 and covers(tensor, storage.nbytes())
         whole = whole and activation not in op.inputs
-        if any(activation is write.old for write in written):
+        again = next((write for write in written if write.old is activation), None)
+        if again is not None:
             if whole:
                 raise NotImplementedError("one storage written through two arguments")
+            again.tensors.append(tensor)
         else:
             written.append(_Write(activation, tensor, whole))
         if whole:
@@ -390,12 +411,16 @@ class Recorder(TorchDispatchMode):
 
     def _scratch(self, tensor: Tensor) -> Scratch:
         """A running statistic: written, and never read by anything that will be repeated."""
-        tracked = self.ledger.find(tensor)
-        if tracked is not None and tracked.activation is not None:
-            self.keeper.before_write(tracked.activation, None, False)
-            tracked.own(None)
-        for former in self._past(tensor):
-            self.keeper.before_write(former.old, None, False)
+        writes = self._past([tensor])
+        current = self._current(tensor)
+        if current is not None:
+            writes.append(_Write(current, tensor, False))
+        for write in writes:
+            self.keeper.before_write(write.old, None, False)
+        if current is not None:
+            self._storages[writes[-1].key].own(None)
+        for write in writes:
+            self._move(write.handles, write)  # autograd does not count this write: what it saved is there still
         return Scratch(tensor)
 
     def _frozen(self, tensor: Tensor, op: Op) -> Ref:
@@ -493,22 +518,27 @@ class Recorder(TorchDispatchMode):
     def _before_write(self, write: _Write, op: Op | None) -> None:
         """Save what is still needed of the old version."""
         old = write.old
-        saved = False
         if write.handles:
-            write.seen = _share_version(write.watch, write.tensor)
-            saved = self._snapshot and write.seen and any(_overlaps(handle, write.tensor) for handle in write.handles)
+            write.doomed = _seen(write)
+            if self._snapshot:
+                write.doomed = [handle for handle in write.doomed if write.touches(handle.window)]
+        if old.op is None and old.is_source(but=op):
+            _spare(write, op)
         known = old.held if old.held is not None else write.watch
         if write.intact and known is not None and old.version is not None:
             old.version = known._version  # looking whether it is shared moved it, and nothing is written yet
-        self.keeper.before_write(old, op, saved)
+        self.keeper.before_write(old, op, self._snapshot and bool(write.doomed))
 
     def _rewrite(self, op: Op, opaque: str, write: _Write) -> Activation | None:
         """The storage holds a new value now. None if that value is a leaf, to be seen when it is read."""
-        old, tensor, whole = write.old, write.tensor, write.whole
+        old, tensor, whole = write.old, write.tensors[0], write.whole
         storage = tensor.untyped_storage()
-        tracked = self._storages.get(storage._cdata)
-        if tracked is None:  # set_() moved the tensor to a storage nobody has seen
+        tracked = self._storages.get(write.key)
+        if tracked is None or storage._cdata != write.key:  # set_() moved the tensor to another storage
             op.writes.append((old, None))
+            self._failed([write])
+            if write.doomed and not self._snapshot:
+                old.overwritten = f"{op.func} in {op.call.describe()}"
             return None
         resized = storage.nbytes() != old.nbytes
         if resized:
@@ -526,26 +556,70 @@ class Recorder(TorchDispatchMode):
         return new
 
     def _displace(self, op: Op, write: _Write) -> None:
-        """See to what autograd saved of a value that has been overwritten."""
-        tensor, handles = write.tensor, write.handles
-        if not handles:
-            return
-        if write.seen and not self._snapshot:
-            write.old.overwritten = f"{op.func} in {op.call.describe()}"
-            return
-        if write.seen:
-            handles = [handle for handle in handles if not _overlaps(handle, tensor)]
-        # A write behind autograd's back, through .data, or one that does not touch: what it saved is there still.
-        tracked = self._storages[tensor.untyped_storage()._cdata]
-        if handles:
-            _move_handles(handles, tracked.activation or self._leaf(tensor, tracked))
+        """See to what is still wanted of a value that has been overwritten."""
+        old, doomed = write.old, write.doomed
+        if doomed and not self._snapshot:
+            old.overwritten = f"{op.func} in {op.call.describe()}"
+        # Written behind autograd's back, through .data, or not touched: what it saved is there still.
+        self._move([handle for handle in write.handles if handle not in doomed], write)
 
-    def _past(self, tensor: Tensor) -> list[_Write]:
-        """The values of older forwards that are about to be overwritten through `tensor`."""
-        tracked = self._storages.get(tensor.untyped_storage()._cdata)
+    def _move(self, handles: list[Any], write: _Write) -> None:
+        """What autograd saved, and what was read, of an overwritten value is to be found in the new one."""
+        if not handles and not write.spared:
+            return
+        tracked = self._storages[write.key]
+        new = tracked.activation
+        if new is None:
+            new = self._leaf(write.tensors[0], tracked)
+            new.version = None
+        self._unsettled.append(weakref.ref(new))
+        write.old.handles = [weakref.ref(handle) for handle in write.handles if handle not in handles]
+        for handle in handles:
+            handle.activation = new
+            new.add_handle(handle)
+        for op in write.spared:
+            _read_instead(op, write.old, new)
+            if op.guards:
+                self._unsettled.append(weakref.ref(op))
+
+    def _settle(self) -> None:
+        """Learn the versions of what was written: autograd counts a write after it."""
+        unsettled, self._unsettled = self._unsettled, []
+        for reference in unsettled:
+            written = reference()
+            if isinstance(written, Op):
+                for guard in written.guards:
+                    guard.settle()
+            elif written is not None and written.version is None:
+                tensor = _watch(written)
+                if tensor is not None and not tensor.is_inference():
+                    written.version = tensor._version
+
+    def _failed(self, writes: list[_Write]) -> None:
+        """An op raised, or wrote to another storage than it was given: what these hold now, nobody knows.
+
+        What was wanted of them is there as after a write.
+        """
+        for write in writes:
+            tracked = self._storages.get(write.key)
+            if tracked is None:
+                continue
+            if tracked.activation is write.old:
+                tracked.own(None)
+                tracked.value_id = -1
+            lost = write.old.op is None and not write.old.is_live
+            if write.tensors[0].untyped_storage()._cdata == write.key:
+                self._move(write.handles if lost else [], write)
+
+    def _past(self, tensors: list[Tensor]) -> list[_Write]:
+        """The values of older forwards that are about to be overwritten through `tensors`, which are of one storage."""
+        tracked = self._storages.get(tensors[0].untyped_storage()._cdata)
         if tracked is None or not tracked.past:
             return []
-        return [_Write(old, tensor, False) for old in tracked.end_past()]
+        writes = [_Write(old, tensors[0], False) for old in tracked.end_past()]
+        for write in writes:
+            write.tensors = tensors
+        return writes
 
     def _value(self, tape: Tape, activation: Activation) -> int:
         """The id of a value that an op read. Its storage remembers it: the activation may go before the bytes do."""
@@ -560,16 +634,30 @@ class Recorder(TorchDispatchMode):
 
     def _pass(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool) -> Any:
         """Run an op that nothing will be recomputed from: in the backward pass, or on tensors without a storage."""
-        targets = list(_written(traits, args, kwargs))
-        written = [_Write(old, tensor, False) for tensor in targets if (old := self._current(tensor)) is not None]
-        past = [former for tensor in targets if _has_storage(tensor) for former in self._past(tensor)]
+        targets: dict[int, list[Tensor]] = {}
+        for tensor in _written(traits, args, kwargs):
+            if _has_storage(tensor):
+                targets.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+        written, past = [], []
+        for tensors in targets.values():
+            past += self._past(tensors)
+            if (old := self._current(tensors[0])) is not None:
+                written.append(_Write(old, tensors[0], False))
+                written[-1].tensors = tensors
         for write in (*written, *past):
             self._before_write(write, None)
         tape = self.tape
         inputs = tape.values_read(self.ledger, args, kwargs) if tape is not None else []
         start = time.perf_counter()
-        result = self._run(func, traits, args, kwargs, self.modules.current, None)
+        lists = _lists(traits, args, kwargs) if targets else ()
+        try:
+            result = self._run(func, traits, args, kwargs, self.modules.current, None)
+        except BaseException:
+            self._failed([*written, *past])
+            raise
         seconds = time.perf_counter() - start
+        if lists:
+            _count_writes(lists)
         if written or past:
             op = Op()
             op.func, op.call, op.writes = func, self.modules.current, []
@@ -599,8 +687,15 @@ class Recorder(TorchDispatchMode):
         activation = self._current(tensor)
         if activation is not None and activation.weak is not None and activation.weak() is tensor:
             activation.window = window_of(tensor)
-            if activation.op is not None and not any(activation.live_handles()):
-                activation.version = None  # autograd counts a write though the bytes are as they were
+        tracked = self._storages.get(tensor.untyped_storage()._cdata)
+        past = [reference() for reference in tracked.past] if tracked is not None else []
+        for value in (activation, *past):
+            if value is None:
+                continue
+            if not self._snapshot and any(value.live_handles()) and _seen(_Write(value, tensor, False)):
+                value.overwritten = f"{func} in {self.modules.current.describe()}"
+            else:
+                _count_no_write(value, tensor)
         return result
 
     def _backward_ended(self) -> None:
@@ -616,17 +711,48 @@ def _has_storage(tensor: Tensor) -> bool:
     return True
 
 
-def _move_handles(handles: list[Any], new: Activation) -> None:
-    for handle in handles:
-        handle.activation = new
-        new.add_handle(handle)
+def _count_no_write(activation: Activation, tensor: Tensor) -> None:
+    """Autograd is about to count a write through `tensor`, though the bytes stay as they are."""
+    watch = _watch(activation)
+    if watch is None or tensor.is_inference() or watch._version != activation.version:
+        return
+    torch.autograd.graph.increment_version(tensor)
+    if watch._version != activation.version:
+        activation.version = watch._version + 1
 
 
-def _overlaps(handle: Any, tensor: Tensor) -> bool:
-    """Whether a write through `tensor` may touch the bytes that a handle looks at."""
-    first, last = byte_range(handle.window)
-    start, end = byte_range(window_of(tensor))
-    return first < end and start < last
+def _spare(write: _Write, by: Op | None) -> None:
+    """Set apart the ops that read of a leaf only what a write does not touch: they can as well read what comes next."""
+    old, readers = write.old, []
+    for reference in old.readers:
+        op = reference()
+        if op is None:
+            continue
+        if op is by or any(write.touches(ref.window) for ref in _refs((op.args, *op.kwargs.values()), old)):
+            readers.append(reference)
+        else:
+            write.spared.append(op)
+    old.readers = readers
+
+
+def _read_instead(op: Op, old: Activation, new: Activation) -> None:
+    """Have an op read one leaf instead of another."""
+    for ref in _refs((op.args, *op.kwargs.values()), old):
+        ref.activation = new
+    op.inputs = [new if source is old else source for source in op.inputs]
+    for guard in op.guards:
+        if guard.leaf is old:
+            guard.leaf, guard.version = new, None
+    new.readers = [*new.readers, weakref.ref(op)]
+
+
+def _refs(tree: Any, activation: Activation) -> Iterator[Ref]:
+    if isinstance(tree, Ref):
+        if tree.activation is activation:
+            yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from _refs(item, activation)
 
 
 def _watch(activation: Activation) -> Tensor | None:
@@ -635,13 +761,19 @@ def _watch(activation: Activation) -> Tensor | None:
     return activation.held if tensor is None else tensor
 
 
-def _share_version(watch: Tensor | None, tensor: Tensor) -> bool:
-    """Whether autograd will see a write through `tensor` as one to what it saved of `watch`. In doubt it will."""
-    if watch is None or tensor.is_inference():
-        return True
-    before = watch._version
-    torch.autograd.graph.increment_version(tensor)
-    return bool(watch._version != before)
+def _seen(write: _Write) -> list[Any]:
+    """The handles of tensors that count a write in the same place as one of those written. In doubt they do.
+
+    What autograd does not see it never misses: `tensor.data` counts apart.
+    """
+    watches = [watch if (watch := handle.watched()) is not None else write.watch for handle in write.handles]
+    before = [watch._version if watch is not None else -1 for watch in watches]
+    for tensor in write.tensors:
+        if tensor.is_inference():
+            return write.handles
+        torch.autograd.graph.increment_version(tensor)
+    rows = zip(write.handles, watches, before, strict=True)
+    return [handle for handle, watch, version in rows if watch is None or watch._version != version]
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
@@ -658,6 +790,25 @@ def _written(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
     if traits.stats is not None and trains(traits.stats, args):
         for position in traits.stats[0]:
             yield from _tensors(args[position])
+
+
+def _lists(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[tuple[Tensor, int]]:
+    """The tensors that an op writes as members of lists, each with its version."""
+    if traits.name.startswith(_UNCOUNTED):
+        return ()
+    found = []
+    for position, name in traits.writes:
+        target = args[position] if position < len(args) else kwargs.get(name)
+        if isinstance(target, (list, tuple)):
+            found += [(tensor, tensor._version) for tensor in target if not tensor.is_inference()]
+    return found
+
+
+def _count_writes(lists: Sequence[tuple[Tensor, int]]) -> None:
+    """Count the writes to lists of tensors: PyTorch's kernels do so above a dispatch mode, and not under one."""
+    for tensor, version in lists:
+        if tensor._version == version:
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _generator_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Generator, Tensor]:

@@ -30,14 +30,18 @@ class _Sums:
 
 class Checksums:
     """The checksum of each activation that may be recomputed, taken when it is made and compared when autograd saves
-    it and when it is recomputed."""
+    it, when it is recomputed, and when autograd asks for it."""
 
     def __init__(self) -> None:
         self._sums: weakref.WeakKeyDictionary[Activation, _Sums] = weakref.WeakKeyDictionary()
 
     def take(self, activation: Activation, tensor: torch.Tensor) -> None:
-        """Remember what the bytes are now."""
-        self._sums[activation] = _sums_of(tensor)
+        """Remember what the bytes are now, of what may be recomputed.
+
+        Others may well be written by kernels that nobody sees: whoever makes an empty tensor has it filled.
+        """
+        if activation.op is not None:
+            self._sums[activation] = _sums_of(tensor)
 
     def compare(self, activation: Activation, tensor: torch.Tensor, *, saved: bool = False) -> None:
         """See that the bytes are what they were.
@@ -57,7 +61,7 @@ class Checksums:
         first = expected.first_difference(actual) * _BLOCK // item
         last = min(first + max(1, _BLOCK // item), activation.nbytes // item) - 1
         cause = (
-            "were changed, by something that PyTorch's dispatcher does not show, before autograd saved them"
+            "were changed since, by something that PyTorch's dispatcher does not show"
             if saved
             else "came out differently when it was repeated, so it is not deterministic, or something that PyTorch's "
             "dispatcher does not show wrote to them"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import torch
 
 from rekindle._errors import SavedTensorModified
 from rekindle.record.activation import Activation
-from rekindle.record.aliasing import Window, is_window, look, window_of
+from rekindle.record.aliasing import Window, look, window_of
 from rekindle.record.modules import ModuleCall
 from rekindle.record.torch_private import (
     at_recorded_level,
@@ -26,12 +27,18 @@ if TYPE_CHECKING:
 class Handle:
     """A saved tensor that may be evicted: a window onto an activation, which it owns."""
 
-    __slots__ = ("__weakref__", "activation", "graph_task", "window")
+    __slots__ = ("__weakref__", "_watch", "activation", "graph_task", "window")
 
-    def __init__(self, activation: Activation, window: Window) -> None:
+    def __init__(self, activation: Activation, window: Window, watch: torch.Tensor | None) -> None:
+        """`watch` is the saved tensor, if the activation is known by another one, which may count writes apart."""
         self.activation = activation
         self.window = window
         self.graph_task = -2  # the last backward pass that asked for it
+        self._watch = weakref.ref(watch) if watch is not None else None
+
+    def watched(self) -> torch.Tensor | None:
+        """The saved tensor, if it is another than the one the activation is known by, and there still."""
+        return self._watch() if self._watch is not None else None
 
 
 class Saved:
@@ -116,10 +123,9 @@ class SavedTensors:
         base = activation.base()
         if base is None:
             base = self._replayer.bring_back(activation, graph_task)
-        tensor = base
-        if not is_window(base, packed.window):
-            with at_recorded_level():
-                tensor = look(base, packed.window)
+        if self.checksums is not None:
+            self.checksums.compare(activation, base, saved=True)
+        tensor = _look(base, packed.window)
         if activation.retained and not activation.pending(graph_task):
             self._replayer.leave(activation)
         return tensor
@@ -131,7 +137,10 @@ class SavedTensors:
         if activation.version is None or (source is None and activation.held is None):
             recorder.first_read(activation, tensor)
             source = activation.watched()
-        handle = Handle(activation, activation.window if source is tensor else window_of(tensor))
+        if source is tensor:
+            handle = Handle(activation, activation.window, None)
+        else:
+            handle = Handle(activation, window_of(tensor), tensor)
         activation.add_handle(handle)
         if recorder.tape is not None:
             recorder.tape.saved(activation, call)
@@ -169,3 +178,17 @@ class SavedTensors:
                 f"{packed.version}. Write to it (or step the optimizer) after backward() instead."
             )
         return packed.tensor
+
+
+def _look(base: torch.Tensor, window: Window) -> torch.Tensor:
+    """As `look`, but a write through the result counts as one to `base`: a custom backward may write what it saved."""
+    size, stride, offset, dtype = window[:4]
+    if base.dtype is not dtype or len(window) > 4 or base.is_conj() or base.is_neg():
+        with at_recorded_level():
+            return look(base, window)
+    if (size, stride, offset) == (base.size(), base.stride(), base.storage_offset()):
+        return base
+    with without_dispatch_modes():
+        tensor = base.detach()
+    with at_recorded_level():
+        return tensor.as_strided_(size, stride, offset)

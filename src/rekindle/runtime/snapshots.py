@@ -50,6 +50,7 @@ class Snapshots:
             if base is None or not self._must_copy(activation, by, saved):
                 activation.lose()
                 return
+            self.cleanup_stale()  # before anything is evicted for the room that the copy takes
             self._take(activation, base, by)
         stats = self._stats()
         stats.snapshots += 1
@@ -74,9 +75,9 @@ class Snapshots:
         if not saved and not _has_evicted_readers(activation, by):
             return False
         missing = missing_ops(activation, _MOST_OPS)
-        return (
-            missing.lost is not None or sum(op.seconds for op in missing.ops) > activation.nbytes / _COPIED_PER_SECOND
-        )
+        if missing.lost is not None or len(missing.ops) == _MOST_OPS:  # what was not looked at may be lost too
+            return True
+        return sum(op.seconds for op in missing.ops) > activation.nbytes / _COPIED_PER_SECOND
 
     def _take(self, activation: Activation, base: torch.Tensor, by: Op | None) -> None:
         if by is not None:
@@ -88,7 +89,8 @@ class Snapshots:
         tracked.recomputed = True
         activation.lose()
         activation.held, activation.version, activation.snapshot = copy, copy._version, True
-        self._taken = [*(reference for reference in self._taken if reference() is not None), weakref.ref(activation)]
+        others = [reference for reference in self._taken if reference() not in (None, activation)]
+        self._taken = [*others, weakref.ref(activation)]
 
     def _alive(self) -> list[Activation]:
         activations = (reference() for reference in self._taken)
