@@ -43,6 +43,7 @@ class Room:
         self._ledger = ledger
         self._evictor = evictor
         self._pressure = pressure
+        self._stated = budget
         self._budget = None if budget is None else budget - min(_UNSEEN, budget // _SLACK)
         self._stats = stats
         self._sizes = Sizes()
@@ -71,7 +72,7 @@ class Room:
             except torch.OutOfMemoryError as error:
                 return self._rescue(error, func, args, kwargs, random)
         signature, need, measured = self._sizes.need(func, args, kwargs)
-        self.make(need.nbytes if measured else need.results, func, call, 0 if measured else need.temporaries)
+        self.make(need.nbytes if need.sure else need.results, func, call, 0 if need.sure else need.temporaries)
         try:
             return func(*args, **kwargs) if measured else self._sizes.run(signature, func, args, kwargs)
         except torch.OutOfMemoryError as error:
@@ -86,29 +87,35 @@ class Room:
         if not self.watches:
             return
         wanted = nbytes + guessed
-        before, level = self._pressure.look(wanted)
-        if level > before and level >= Level.MEDIUM:
-            self._stats().escalations += 1
+        level = self.level(wanted)
         if self._budget is not None:
             if self._ledger.total_nbytes + wanted > self._budget:
                 self._fit(nbytes, wanted, func, call)
         elif level >= Level.MEDIUM:
             self._relieve(level, wanted)
 
+    def level(self, more: int = 0) -> Level:
+        """The pressure now, with `more` bytes that are about to be used."""
+        before, level = self._pressure.look(more)
+        if level > before and level >= Level.MEDIUM:
+            self._stats().escalations += 1
+        return level
+
     def _fit(self, nbytes: int, wanted: int, func: Any, call: ModuleCall) -> None:
         assert self._budget is not None
+        assert self._stated is not None
         ledger = self._ledger
-        excess = ledger.total_nbytes + wanted - self._budget
-        target = ledger.live_nbytes - excess - self._budget // _SLACK
-        self._evictor.sweep_to_target(max(0, target), EvictionPolicy.AGGRESSIVE)
-        if ledger.total_nbytes + nbytes <= self._budget:
+        target = self._budget - wanted - ledger.leaf_nbytes
+        self._evictor.free(target, target - self._budget // _SLACK)
+        needed = ledger.total_nbytes + nbytes
+        if needed <= self._budget:
             return
         raise BudgetInfeasible(
-            f"memory_budget is {format_bytes(self._budget)}, but {func} in {call.describe()} needs "
+            f"memory_budget is {format_bytes(self._stated)}, but {func} in {call.describe()} needs "
             f"{format_bytes(nbytes)} and {format_bytes(ledger.total_nbytes)} cannot go: "
             f"{format_bytes(ledger.leaf_nbytes)} parameters, gradients, buffers and inputs; "
-            f"{self._evictor.what_is_left(EvictionPolicy.AGGRESSIVE)}. Write memory_budget="
-            f'"{-(-(ledger.total_nbytes + nbytes) // 2**20)}MiB" or more, or use a smaller batch.'
+            f"{self._evictor.what_is_left(EvictionPolicy.AGGRESSIVE)}. This op fits from "
+            f'memory_budget="{_budget_for(needed)}"; ops after it may need more. Or use a smaller batch.'
         )
 
     def _relieve(self, level: Level, wanted: int) -> None:
@@ -143,3 +150,10 @@ class Room:
             except torch.OutOfMemoryError:
                 continue
         raise error
+
+
+def _budget_for(nbytes: int) -> str:
+    """The smallest budget, in round figures, of which `nbytes` are left after what is kept back."""
+    budget = nbytes + min(_UNSEEN, nbytes // (_SLACK - 1) + 1)
+    unit, name = (1 << 20, "MiB") if budget >= 64 << 20 else (1 << 10, "KiB")
+    return f"{-(-budget // unit)}{name}"
