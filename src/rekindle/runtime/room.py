@@ -19,6 +19,7 @@ from rekindle.runtime.stats import Stats
 
 _RESCUES = 2
 _UNSEEN = 1 << 16  # bytes kept back for what is too small to be recorded: scalars, states of random generators
+_STATES = 2  # copies of a generator's state around an op that draws: what it was, and what it is
 _SLACK = 64  # each round of evictions frees this fraction of the budget more than it must, so that rounds are few
 
 
@@ -72,7 +73,10 @@ class Room:
             except torch.OutOfMemoryError as error:
                 return self._rescue(error, func, args, kwargs, random)
         signature, need, measured = self._sizes.need(func, args, kwargs)
-        self.make(need.nbytes if need.sure else need.results, func, call, 0 if need.sure else need.temporaries)
+        needed, guessed = (need.nbytes, 0) if need.sure else (need.results, need.temporaries)
+        if random is not None:
+            needed += _STATES * random[1].nbytes
+        self.make(needed, func, call, guessed)
         try:
             return func(*args, **kwargs) if measured else self._sizes.run(signature, func, args, kwargs)
         except torch.OutOfMemoryError as error:
