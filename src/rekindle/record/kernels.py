@@ -24,6 +24,7 @@ Tensor = torch.Tensor
 _TAGS = (torch.Tag.pointwise, torch.Tag.view_copy, torch.Tag.inplace_view)
 _LOW = (torch.bfloat16, torch.float16)
 _TILE = 60 * 60  # elements; copies that transpose go through a tile of this size
+_CHANNELS = 16  # which oneDNN keeps together
 _SCRATCHPAD = 1 << 16  # bytes; what oneDNN takes for a matrix product whatever its size
 
 NOTHING = frozenset(
@@ -220,18 +221,20 @@ def _convolution(tensors: Sequence[Tensor], args: Sequence[Any], results: int) -
         return _blocked(x) + results + _blocked_weight(weight) + _unfolded(x, weight, out // weight.shape[0])
     channels = weight.shape[1] * args[8] if args[6] else weight.shape[0]
     made = _round(channels) * (out // max(1, channels)) * _width(x)
-    return _blocked(x) + (2 if args[6] else 1) * made + _blocked_weight(weight) + _SCRATCHPAD
+    read = _blocked(x) if x.shape[1] >= _CHANNELS else x.numel() * _width(x)
+    return read + (2 if args[6] else 1) * made + _blocked_weight(weight) + _SCRATCHPAD // 8
 
 
 def _convolution_backward(tensors: Sequence[Tensor], args: Sequence[Any], results: int) -> int:
     grad, x, weight = tensors[:3]
-    reordered = _blocked(x) + 2 * _blocked(grad) + _blocked_weight(weight)
+    read = _blocked(x) if x.shape[1] >= _CHANNELS or args[10][0] else x.numel() * _width(x)
+    reordered = read + 2 * _blocked(grad) + _blocked_weight(weight)
     unfolded = _unfolded(x, weight, grad.numel() // grad.shape[1]) if _unfolds(x, weight) else 0
     return reordered + reordered // 8 + unfolded + _SCRATCHPAD // 8
 
 
 def _round(channels: int) -> int:
-    return -(-channels // 16) * 16
+    return -(-channels // _CHANNELS) * _CHANNELS
 
 
 def _width(tensor: Tensor) -> int:
