@@ -49,7 +49,7 @@ def plain_gradient(run: Callable[[Tensor], Tensor]) -> Tensor:
     return x.grad
 
 
-# -- what never goes -----------------------------------------------------------------------------------------------------
+# -- what never goes ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -60,10 +60,12 @@ class Case:
     why: str
 
 
+LAYER = nn.Linear(64, 64)
+
+
 def _parameter(session: rekindle.Session, x: Tensor) -> tuple[Activation, Any]:
-    layer = nn.Linear(64, 64)
-    result = layer(x)
-    return of(session, layer.weight), (layer, result)
+    result = LAYER(x)
+    return of(session, LAYER.weight), result
 
 
 def _input(session: rekindle.Session, x: Tensor) -> tuple[Activation, Any]:
@@ -115,9 +117,9 @@ NEVER = {
 @pytest.mark.parametrize("name", NEVER)
 def test_never(name: str, policy: EvictionPolicy) -> None:
     """Neither policy evicts it; the answer is false, says why and nothing was freed."""
-    session, case = rekindle.Session(), NEVER[name]
+    session, case, x = rekindle.Session(), NEVER[name], leaf()
     with session:
-        activation, _alive = case.make(session, leaf())
+        activation, _alive = case.make(session, x)
         live = session.live_nbytes
         answer = session.try_evict(activation, policy)
         assert not answer
@@ -165,7 +167,7 @@ def test_never_what_a_running_op_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [answer.why_not for answer in answers] == ["your code, or an op that runs now, looks at it too"]
 
 
-# -- what may go ---------------------------------------------------------------------------------------------------------
+# -- what may go -------------------------------------------------------------------------------------------------------
 
 
 def test_evicts() -> None:
@@ -247,20 +249,25 @@ def test_snapshot_goes_last() -> None:
 
 
 def chain(session: rekindle.Session, x: Tensor, marked: bool = True) -> tuple[Tensor, list[Activation]]:
-    """exp, sin, cos, exp of `x`, each saved; the second marked."""
+    """exp, sin, cos, sin of `x`, each saved; the second marked."""
     a = x.exp()
     b = a.sin()
     c = b.cos()
-    d = c.exp()
+    d = c.sin()
     activations = [of(session, tensor) for tensor in (a, b, c, d)]
     if marked:
         session.mark(b)
-    return d.sum(), activations
+    return (d * d).sum(), activations
 
 
 def chain_gradient() -> Tensor:
     """Of the same."""
-    return plain_gradient(lambda x: x.exp().sin().cos().exp().sum())
+
+    def run(x: Tensor) -> Tensor:
+        last = x.exp().sin().cos().sin()
+        return (last * last).sum()
+
+    return plain_gradient(run)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -284,7 +291,7 @@ def test_sweep(policy: EvictionPolicy) -> None:
     assert same_bits(x.grad, chain_gradient())
 
 
-# -- sweep to a target -----------------------------------------------------------------------------------------------------
+# -- sweep to a target -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -419,7 +426,7 @@ def test_order_of_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_score() -> None:
-    """h counts the evicted neighbours on both sides: what it would be recomputed from, and what is recomputed from it."""
+    """h counts the evicted neighbours on both sides: what it is recomputed from, and what is recomputed from it."""
     session, x = rekindle.Session(), leaf()
     with session:
         loss, (a, b, c, d) = chain(session, x, marked=False)
@@ -456,7 +463,7 @@ def test_long_neighbourhoods_are_bounded() -> None:
         del loss
 
 
-# -- at any moment -------------------------------------------------------------------------------------------------------
+# -- at any moment -----------------------------------------------------------------------------------------------------
 
 
 def inplace_net() -> nn.Module:
@@ -561,15 +568,11 @@ def test_in_backward(make: Any, policy: EvictionPolicy, start: Any) -> None:
 def test_in_module_backward_hook(policy: EvictionPolicy) -> None:
     """Sweep from full backward hooks of modules."""
 
-    def arrange(session: rekindle.Session, model: nn.Module) -> Iterator[Any]:
-        for module in model.children():
-            yield module.register_full_backward_hook(lambda *call: session.sweep(policy) and None)
-
     def step(model: nn.Module, number: int, managed: Any) -> Tensor:
         session = managed if isinstance(managed, rekindle.Session) else None
         hooks = [m.register_full_backward_hook(lambda *c: session and session.sweep(policy) and None) for m in model]
         with managed:
-            loss = forward(model, number)
+            loss = model(small_batch(number).requires_grad_()).square().mean()
             if session is not None:
                 session.sweep(AGGRESSIVE)
             loss.backward()
@@ -634,7 +637,7 @@ def _activations(session: rekindle.Session) -> list[Activation]:
     return [activation for activation in found if activation is not None]
 
 
-# -- random programs -------------------------------------------------------------------------------------------------------
+# -- random programs ---------------------------------------------------------------------------------------------------
 
 CODES = ("exp", "linear", "dropout", "view", "branch", "join", "add_", "mul_slice_", "relu_", "copy", "norm")
 program = st.lists(st.sampled_from(CODES), min_size=3, max_size=12)

@@ -34,7 +34,7 @@ class Failing:
         self.live: Callable[[], int] = lambda: 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.armed:
+        if self.armed and not any(arg.is_meta for arg in args if isinstance(arg, Tensor)):
             self.calls += 1
             self.seen.append(self.live())
             if self.calls <= self.times:
@@ -119,6 +119,7 @@ def test_in_forward(fail: Any, func: Any, times: int, budget: str | None) -> Non
 def test_sweeps_aggressively(fail: Any) -> None:
     """Before the second try everything recomputable has gone, checkpoints too."""
     failing = fail(aten.tanh.default, 1)
+    torch.manual_seed(0)
     session = rekindle.Session()
     failing.live = lambda: session.live_nbytes
     x = small_batch(0).requires_grad_()
@@ -195,8 +196,6 @@ def test_original_error(fail: Any, func: Any, policy: Any, armed_in_forward: boo
 
     with pytest.raises(torch.OutOfMemoryError) as caught:
         step()
-    if armed_in_forward or policy is None:
-        assert caught.value is failing.error or str(caught.value) == "no memory left"
     assert str(caught.value) == "no memory left"
     assert caught.value.__cause__ is None
     assert failing.calls == 3
@@ -257,6 +256,7 @@ def test_other_errors_are_not_rescued(fail: Any) -> None:
 def test_snapshots_go_too(fail: Any) -> None:
     """An aggressive sweep takes snapshots last of all, and the gradient is exact still."""
     failing = fail(aten.tanh.default, 1)
+    torch.manual_seed(0)
     session = rekindle.Session(inplace="snapshot")
     x = small_batch(0).requires_grad_()
     assert isinstance(session.snapshots, Snapshots)
