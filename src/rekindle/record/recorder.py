@@ -48,6 +48,7 @@ class Room(Protocol):
     """Who runs ops so that what they allocate fits."""
 
     watches: bool
+    measures: bool
     hungry: set[str]
 
     def rescue(
@@ -200,7 +201,7 @@ class Recorder(TorchDispatchMode):
         call: ModuleCall,
         random: tuple[torch.Generator, Tensor] | None,
     ) -> Any:
-        if self._watched or traits.name in self._hungry or self.tape is not None:
+        if self._watched or self._room.measures or traits.name in self._hungry:
             return self._room.run(func, args, kwargs, call, random)
         try:
             return func(*args, **kwargs)

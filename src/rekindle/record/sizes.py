@@ -1,11 +1,13 @@
 """How many bytes an op is going to allocate, told before it runs.
 
 Problem: room for an op's results, and for the temporaries of its kernel, has to be made before it runs.
-Source: shapes come from running the op on meta tensors, which hold no bytes (PyTorch's own shape functions).
-Temporaries come from the allocator's reports while the op runs for the first time with arguments of these shapes.
+Source: shapes come from running the op on meta tensors, which hold no bytes (PyTorch's own shape functions), and what
+kernels of the CPU take beside from `kernels`. Once an op has run, the allocator has reported what it really took.
 Regime: exact from the second op of a signature on. For the first one results are exact where the op has a shape
-function, and temporaries are guessed: none for ops that work element by element, else as much as goes in and out.
-Known gaps: temporaries are measured on the CPU only; on an accelerator its allocator's own peak would be needed.
+function and a bound where their number depends on data; temporaries are a bound where the kernel is known, and else a
+guess: as much as goes in and out. While another profiler is on nothing is measured, and every op is a first one.
+Known gaps: on accelerators the temporaries of the first op of a signature are a guess, and on those other than CUDA of
+all that follow.
 """
 
 from __future__ import annotations
@@ -17,35 +19,30 @@ from typing import Any
 
 import torch
 
+from rekindle.record.kernels import NOTHING, nbytes_of, rnn_workspace, temporaries, tensors_of
 from rekindle.record.schema import traits_of
 from rekindle.record.torch_private import AllocatorWatch
 
 _MOST_SIGNATURES = 16384
-_NO_TEMPORARIES = (torch.Tag.pointwise, torch.Tag.view_copy, torch.Tag.inplace_view)
-_NO_TEMPORARY_OPS = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("mm", "bmm", "addmm", "cat", "sum", "mean", "amax", "clone", "_to_copy", "index_select", "gather", "scatter"),
-        *("_softmax", "_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward"),
-        *(
-            "embedding",
-            "native_layer_norm",
-            "_local_scalar_dense",
-            "native_dropout",
-            "copy_",
-            "max_pool2d_with_indices",
-        ),
-        *("_scaled_dot_product_flash_attention_for_cpu", "zeros_like", "ones_like", "zeros", "ones", "full", "arange"),
-    )
-)
+_MEASURED_DEVICES = ("cpu", "cuda", "meta")
+_LOSSES = ("aten::mse_loss", "aten::smooth_l1_loss")
+_WORKSPACES = ("aten::mkldnn_rnn_layer", "aten::mkldnn_rnn_layer_backward")
+_SMALL = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes that an op allocates: `results` stay when it returns, `temporaries` are gone by then."""
+    """Bytes that an op allocates.
+
+    Attributes:
+        results: what stays when it returns.
+        temporaries: what is gone by then.
+        sure: it takes no more; if not, `temporaries` are a guess.
+    """
 
     results: int
     temporaries: int
+    sure: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -58,31 +55,46 @@ class Sizes:
 
     def __init__(self) -> None:
         self._measured: dict[Any, Need] = {}
+        self._guessed: dict[Any, Need] = {}
 
     @staticmethod
     def signature(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What decides how much an op needs: the op and the geometry of its arguments."""
-        return (func, *_key(args), *_key(kwargs.values()))
+        return (func, *_key(args), *_key(kwargs.values())) if kwargs else (func, *_key(args))
 
     def measured(self, signature: Any) -> Need | None:
         """What an op of this signature needed when it ran; None if that is not known."""
         return self._measured.get(signature)
 
-    @staticmethod
-    def guess(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Need:
-        """What an op is going to need."""
-        return _guess(func, args, kwargs)
+    def guess(self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Need:
+        """What an op is going to need that was never measured."""
+        guess = self._guessed.get(signature)
+        if guess is None:
+            guess = _guess(func, args, kwargs)
+            _put(self._guessed, signature, guess)
+        return guess
 
-    def measure(self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Need]:
-        """Run the op and remember what it needed. Returns its result and that; nothing if it could not be measured."""
+    def measure(
+        self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Any, Need | None]:
+        """Run the op and remember what it needed. Returns its result and that; None if it could not be measured."""
+        if _by_data(func, args) or not _can_measure(args, kwargs):
+            return func(*args, **kwargs), None
         with AllocatorWatch() as watch:
             result = func(*args, **kwargs)
-        need = Need(max(0, watch.nbytes), watch.peak_nbytes - max(0, watch.nbytes))
         if watch.worked:
-            if len(self._measured) >= _MOST_SIGNATURES:
-                self._measured.clear()
-            self._measured[signature] = need
-        return result, need
+            results = max(0, watch.nbytes)
+            need = Need(results, watch.peak_nbytes - results)
+            _put(self._measured, signature, need)
+            self._guessed.pop(signature, None)
+            return result, need
+        return result, None
+
+
+def _put(table: dict[Any, Need], signature: Any, need: Need) -> None:
+    if len(table) >= _MOST_SIGNATURES:
+        table.clear()
+    table[signature] = need
 
 
 def _key(args: Any) -> Iterator[Any]:
@@ -97,20 +109,48 @@ def _key(args: Any) -> Iterator[Any]:
             yield arg if isinstance(arg, (int, str, bool, torch.dtype, torch.device)) else type(arg)
 
 
+def _by_data(func: Any, args: Sequence[Any]) -> bool:
+    """Whether how much comes out depends on what the arguments hold, so that no run tells of the next."""
+    traits = traits_of(func)
+    if torch.Tag.dynamic_output_shape not in getattr(func, "tags", ()):
+        return False
+    if not traits.check:
+        return True
+    return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors_of(args[1:]))
+
+
+def _can_measure(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    device = kwargs.get("device")
+    devices = {tensor.device.type for tensor in (*tensors_of(args), *tensors_of(kwargs.values()))}
+    if device is not None:
+        devices.add(torch.device(device).type)
+    return devices.issubset(_MEASURED_DEVICES)
+
+
 def _guess(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Need:
-    read = sum(_nbytes(tensor) for tensor in _tensors([*args, *kwargs.values()]))
+    tensors = [*tensors_of(args), *tensors_of(kwargs.values())]
+    read = sum(map(nbytes_of, tensors))
     results = _results(func, args, kwargs)
     if results is None:
-        return Need(_upper_bound(func, args, read), read)
+        results = _upper_bound(func, args, read)
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        known = temporaries(func, args, kwargs, results)
+        if known is not None:
+            return Need(results, known)
+    elif _name(func) in NOTHING or torch.Tag.pointwise in getattr(func, "tags", ()):
+        return Need(results, 0, False)
+    return Need(results, read + results, False)
+
+
+def _name(func: Any) -> str:
     schema = getattr(func, "_schema", None)
-    quiet = any(tag in _NO_TEMPORARIES for tag in getattr(func, "tags", ()))
-    if schema is None or not (quiet or schema.name in _NO_TEMPORARY_OPS or traits_of(func).uninitialised):
-        return Need(results, read + results)
-    return Need(results, 0)
+    return "" if schema is None else str(schema.name)
 
 
 def _results(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
     """Bytes of new storages the op returns, from its shape function; None if it has none."""
+    if _by_data(func, args) or _name(func) in _WORKSPACES:
+        return None
     storages: dict[int, torch.UntypedStorage] = {}
     try:
         metas = [_meta(arg, storages) for arg in args]
@@ -118,12 +158,14 @@ def _results(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int | No
         takes_device = any(argument.name == "device" for argument in func._schema.arguments)
         if "device" in known or (takes_device and not storages):
             known["device"] = torch.device("meta")
-        made = {
-            tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in _tensors([func(*metas, **known)])
-        }
+        results = tensors_of([func(*metas, **known)])
+        made = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in results}
     except Exception:  # no shape function, or one that wants data
         return None
-    return sum(storage.nbytes() for key, storage in made.items() if key not in storages)
+    nbytes = sum(storage.nbytes() for key, storage in made.items() if key not in storages)
+    if func._schema.name in _LOSSES:
+        return max(nbytes, nbytes_of(args[0]))  # the kernel reduces in the storage of what it reduces
+    return nbytes
 
 
 def _meta(arg: Any, storages: dict[int, torch.UntypedStorage]) -> Any:
@@ -139,22 +181,29 @@ def _meta(arg: Any, storages: dict[int, torch.UntypedStorage]) -> Any:
 
 
 def _upper_bound(func: Any, args: Sequence[Any], read: int) -> int:
-    name = getattr(getattr(func, "_schema", None), "name", "")
+    """Bytes of results, for ops that have no shape function or whose results depend on data."""
+    name, tensors = _name(func), tensors_of(args)
     if name == "aten::_local_scalar_dense":
         return 0
     if name == "aten::nonzero":
-        tensor: torch.Tensor = args[0]
-        return tensor.numel() * tensor.dim() * 8
+        return tensors[0].numel() * max(1, tensors[0].dim()) * 8 + _SMALL
+    if name in ("aten::masked_select", "aten::index"):
+        return _indexed(tensors)
+    if name == "aten::_grouped_mm" and tensors[0].dim() == 2 and tensors[1].dim() == 3:
+        return tensors[0].shape[0] * tensors[1].shape[-1] * tensors[0].itemsize + _SMALL
+    if name == "aten::_grouped_mm" and len(tensors) > 2 and tensors[0].dim() == tensors[1].dim() == 2:
+        return tensors[2].numel() * tensors[0].shape[0] * tensors[1].shape[-1] * tensors[0].itemsize + _SMALL
+    if name == "aten::mkldnn_rnn_layer":
+        x, states = tensors[0], tensors[2].shape[1]
+        return x.shape[0] * x.shape[1] * states * 4 + 2 * x.shape[1] * states * 4 + rnn_workspace(args)
+    if name == "aten::mkldnn_rnn_layer_backward":
+        return 2 * sum(map(nbytes_of, tensors[:7]))
     return 2 * read
 
 
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    for item in tree:
-        if isinstance(item, torch.Tensor):
-            yield item
-        elif isinstance(item, (list, tuple)):
-            yield from _tensors(item)
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return math.prod(tensor.shape) * tensor.itemsize
+def _indexed(tensors: Sequence[torch.Tensor]) -> int:
+    """At most as much as if every mask were true all over."""
+    source, *indices = tensors
+    masked = sum(index.dim() if index.dtype in (torch.bool, torch.uint8) else 1 for index in indices)
+    rest = math.prod(source.shape[masked:]) if masked <= source.dim() else 1
+    return max((index.numel() for index in indices), default=0) * max(1, rest) * source.itemsize + _SMALL

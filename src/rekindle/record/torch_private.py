@@ -9,7 +9,7 @@ version which breaks one fails there first.
   autocast would cast twice and our own recorder would record the repetition.
 * Dynamo. `TorchDispatchMode` wraps its handler in `torch._dynamo.disable`, a third of what a mode costs per op.
   `never_compile` tells Dynamo's frame evaluator the same once and for all.
-* Reports of the CPU allocator. Temporaries inside a kernel show up nowhere else. `torch.profiler` reads them too, but
+* Reports of the allocators. Temporaries inside a kernel show up nowhere else. `torch.profiler` reads them too, but
   takes milliseconds to start; the older profiler beneath it takes microseconds. Only one can be on: while the user's
   profiler runs, nothing is measured.
 * References to a storage. Whether letting go of a tensor frees its bytes depends on who else looks at them.
@@ -89,7 +89,7 @@ def use_count(storage: torch.UntypedStorage) -> int:
 
 
 class AllocatorWatch:
-    """Adds up what the CPU allocator reports on this thread inside a `with` block.
+    """Adds up what the allocators of the CPU and of CUDA report on this thread inside a `with` block.
 
     Attributes:
         nbytes: allocated and not freed.
@@ -115,7 +115,7 @@ class AllocatorWatch:
             return
         for record in chain.from_iterable(_disable_profiler_legacy()):
             if str(record.kind()) == "memory_alloc":
-                self.nbytes += record.cpu_memory_usage()
+                self.nbytes += record.cpu_memory_usage() + record.cuda_memory_usage()
                 self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
 

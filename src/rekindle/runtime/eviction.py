@@ -12,6 +12,7 @@ long chain underestimates what its end will cost.
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from rekindle.runtime.replay import missing_ops
 from rekindle.runtime.stats import Stats
 
 _MOST_NEIGHBOURS = 64
+_IN_USE = "your code, or an op that runs now, looks at it too"
+_OWN_REFERENCES = 3  # the activation's, ours, and that of the call which counts them; a replay has one more
 
 
 class EvictionPolicy(enum.Enum):
@@ -106,6 +109,17 @@ class Evictor:
         why_not = f"{excess} more than the target are still live: {self.what_is_left(policy)}"
         return Sweep(sweep.freed_nbytes, sweep.evicted, sweep.checkpoints, sweep.live_nbytes, False, why_not)
 
+    def free(self, target: int, wish: int) -> None:
+        """Evict until at most `target` bytes are live, and while at it, of what is no checkpoint, until at most `wish`
+        are: the next round is the later for it."""
+        stats = self._stats()
+        stats.sweeps += 1
+        for group, enough in zip(self._groups(), (wish, target, target), strict=True):
+            for activation in self._by_score(group):
+                if self._ledger.live_nbytes <= enough:
+                    break
+                self.try_evict(activation, EvictionPolicy.AGGRESSIVE)
+
     def what_is_left(self, policy: EvictionPolicy, most: int = 5) -> str:
         """The largest of what cannot go, and why, in words."""
         left: list[tuple[int, str]] = []
@@ -115,7 +129,8 @@ class Evictor:
             if activation is None:
                 unmanaged += tracked.nbytes
             elif tracked.nbytes:
-                left.append((tracked.nbytes, f"{activation.describe()}: {self._why_not(activation, policy) or 'free'}"))
+                why_not = self._why_not(activation, policy) if activation.is_live else _IN_USE
+                left.append((tracked.nbytes, f"{activation.describe()}: {why_not or 'free'}"))
         if unmanaged:
             left.append(
                 (unmanaged, "results of ops that are not recorded (backward, no_grad) or are held by your code")
@@ -139,14 +154,20 @@ class Evictor:
 
     def _order(self, policy: EvictionPolicy) -> Iterator[Activation]:
         """What may go: no checkpoints, checkpoints, snapshots, each from the lowest score up."""
+        for group in self._groups()[: 1 if policy is EvictionPolicy.ALWAYS_SAFE else 3]:
+            yield from self._by_score(group)
+
+    def _groups(self) -> tuple[list[Activation], ...]:
         groups: tuple[list[Activation], ...] = ([], [], [])
         for tracked in list(self._ledger.storages.values()):
             activation = tracked.activation
             if activation is not None and activation.held is not None and activation.op is not None:
                 groups[2 if activation.snapshot else 1 if activation.is_checkpoint else 0].append(activation)
+        return groups
+
+    def _by_score(self, group: list[Activation]) -> list[Activation]:
         now = self._now()
-        for group in groups[: 1 if policy is EvictionPolicy.ALWAYS_SAFE else 3]:
-            yield from sorted(group, key=lambda activation: score(activation, now))
+        return sorted(group, key=lambda activation: score(activation, now))
 
     def _why_not(self, activation: Activation, policy: EvictionPolicy) -> str:
         if activation.op is None:
@@ -160,8 +181,8 @@ class Evictor:
             return "it is a checkpoint; only EvictionPolicy.AGGRESSIVE evicts those"
         if policy is EvictionPolicy.ALWAYS_SAFE and activation.snapshot:
             return "it is a snapshot; only EvictionPolicy.AGGRESSIVE evicts those"
-        if use_count(held.untyped_storage()) > 2:
-            return "your code, or an op that runs now, looks at it too"
+        if sys.getrefcount(held) > _OWN_REFERENCES or use_count(held.untyped_storage()) > 2:
+            return _IN_USE
         missing = missing_ops(activation)
         if missing.lost is not None:
             leaf, op = missing.lost

@@ -155,8 +155,9 @@ class Pressure:
         used, limit = self.reader.used() + more, self.reader.limit()
         share = used / limit if limit > 0 else 1.0
         level = Level(sum(share >= threshold for threshold in self.thresholds))
-        while level < before and share >= self.thresholds[before - 1] - self._hysteresis:
-            level = before
+        for held in range(level + 1, before + 1):
+            if share >= self.thresholds[held - 1] - self._hysteresis:
+                level = Level(held)
         if level is not before:
             self.level = level
             if self._on_change is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
@@ -187,8 +188,12 @@ class _Replay:
         targets = {id(old): self._own_copy(old, op) for old, _ in op.writes if old is not None}
         scratch: dict[int, Tensor] = {}
         sources = ChainMap(targets, self.bases)
+        if any(old is None for old, _ in op.writes):
+            self.replayer.room.make(_scratch_nbytes([*op.args, *op.kwargs.values()]), op.func, op.call)
         args = [_resolve(arg, sources, scratch) for arg in op.args]
         kwargs = {name: _resolve(arg, sources, scratch) for name, arg in op.kwargs.items()}
+        for tensor in scratch.values():
+            self.replayer.track(tensor, None)
         results = _flatten(_call(op, args, kwargs, self.replayer.room.run))
         found: list[tuple[Activation, Tensor]] = []
         for reference, tensor in zip(op.outputs, results, strict=True):
@@ -305,6 +310,12 @@ def _resolve(arg: Any, sources: Mapping[int, Tensor], scratch: dict[int, Tensor]
             scratch[arg.slot] = tensor
         return tensor
     return arg
+
+
+def _scratch_nbytes(args: list[Any]) -> int:
+    """The bytes of the fresh tensors that an op will write all of."""
+    nested = sum(_scratch_nbytes(arg) for arg in args if isinstance(arg, list))
+    return nested + sum(math.prod(arg.size) * arg.dtype.itemsize for arg in args if isinstance(arg, Scratch))
 
 
 def _flatten(result: Any) -> list[Tensor]:

@@ -19,6 +19,7 @@ from rekindle.runtime.stats import Stats
 
 _RESCUES = 2
 _UNSEEN = 1 << 16  # bytes kept back for what is too small to be recorded: scalars, states of random generators
+_STATES = 2  # copies of a generator's state around an op that draws: what it was, and what it is
 _SLACK = 64  # each round of evictions frees this fraction of the budget more than it must, so that rounds are few
 
 
@@ -26,7 +27,8 @@ class Room:
     """Runs ops so that what they allocate fits.
 
     Attributes:
-        watches: whether memory is looked at before each op. If not, `run` only measures.
+        watches: whether memory is looked at before each op.
+        measures: whether what every op needs is measured, in the steps that are recorded as a graph.
         hungry: names of the ops whose kernels were seen to take much more than what they return.
     """
 
@@ -41,10 +43,12 @@ class Room:
     ) -> None:
         """`budget` is the most bytes that may be live, None if only the levels of pressure count."""
         self.watches = watches
+        self.measures = False
         self.hungry: set[str] = set()
         self._ledger = ledger
         self._evictor = evictor
         self._pressure = pressure
+        self._stated = budget
         self._budget = None if budget is None else budget - min(_UNSEEN, budget // _SLACK)
         self._stats = stats
         self._sizes = Sizes()
@@ -67,11 +71,19 @@ class Room:
         Raises:
             BudgetInfeasible: even without everything that can go, the op does not fit.
         """
+        if not self.watches and not self.measures and traits_of(func).name not in self.hungry:
+            try:
+                return func(*args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                return self.rescue(error, func, args, kwargs, random)
         signature = self._sizes.signature(func, args, kwargs)
         need = self._sizes.measured(signature)
         if self.watches:
-            expected = need or self._sizes.guess(func, args, kwargs)
-            self.make(expected.nbytes if need else expected.results, func, call, 0 if need else expected.temporaries)
+            expected = need or self._sizes.guess(signature, func, args, kwargs)
+            needed, guessed = (expected.nbytes, 0) if expected.sure else (expected.results, expected.temporaries)
+            if random is not None:
+                needed += _STATES * random[1].nbytes
+            self.make(needed, func, call, guessed)
         try:
             if need is not None:
                 self._ledger.note(need.nbytes)
@@ -79,9 +91,10 @@ class Room:
             result, need = self._sizes.measure(signature, func, args, kwargs)
         except torch.OutOfMemoryError as error:
             return self.rescue(error, func, args, kwargs, random)
-        self._ledger.note(need.nbytes)
-        if need.temporaries > _UNSEEN:
-            self.hungry.add(traits_of(func).name)
+        if need is not None:
+            self._ledger.note(need.nbytes)
+            if need.temporaries > _UNSEEN:
+                self.hungry.add(traits_of(func).name)
         return result
 
     def make(self, nbytes: int, func: Any, call: ModuleCall, guessed: int = 0) -> None:
@@ -93,29 +106,35 @@ class Room:
         if not self.watches:
             return
         wanted = nbytes + guessed
-        before, level = self._pressure.look(wanted)
-        if level > before and level >= Level.MEDIUM:
-            self._stats().escalations += 1
+        level = self.level(wanted)
         if self._budget is not None:
             if self._ledger.total_nbytes + wanted > self._budget:
                 self._fit(nbytes, wanted, func, call)
         elif level >= Level.MEDIUM:
             self._relieve(level, wanted)
 
+    def level(self, more: int = 0) -> Level:
+        """The pressure now, with `more` bytes that are about to be used."""
+        before, level = self._pressure.look(more)
+        if level > before and level >= Level.MEDIUM:
+            self._stats().escalations += 1
+        return level
+
     def _fit(self, nbytes: int, wanted: int, func: Any, call: ModuleCall) -> None:
         assert self._budget is not None
+        assert self._stated is not None
         ledger = self._ledger
-        excess = ledger.total_nbytes + wanted - self._budget
-        target = ledger.live_nbytes - excess - self._budget // _SLACK
-        self._evictor.sweep_to_target(max(0, target), EvictionPolicy.AGGRESSIVE)
-        if ledger.total_nbytes + nbytes <= self._budget:
+        target = self._budget - wanted - ledger.leaf_nbytes
+        self._evictor.free(target, target - self._budget // _SLACK)
+        needed = ledger.total_nbytes + nbytes
+        if needed <= self._budget:
             return
         raise BudgetInfeasible(
-            f"memory_budget is {format_bytes(self._budget)}, but {func} in {call.describe()} needs "
+            f"memory_budget is {format_bytes(self._stated)}, but {func} in {call.describe()} needs "
             f"{format_bytes(nbytes)} and {format_bytes(ledger.total_nbytes)} cannot go: "
             f"{format_bytes(ledger.leaf_nbytes)} parameters, gradients, buffers and inputs; "
-            f"{self._evictor.what_is_left(EvictionPolicy.AGGRESSIVE)}. Write memory_budget="
-            f'"{-(-(ledger.total_nbytes + nbytes) // 2**20)}MiB" or more, or use a smaller batch.'
+            f"{self._evictor.what_is_left(EvictionPolicy.AGGRESSIVE)}. This op fits from "
+            f'memory_budget="{_budget_for(needed)}"; ops after it may need more. Or use a smaller batch.'
         )
 
     def _relieve(self, level: Level, wanted: int) -> None:
@@ -154,3 +173,10 @@ class Room:
             except torch.OutOfMemoryError:
                 continue
         raise error
+
+
+def _budget_for(nbytes: int) -> str:
+    """The smallest budget, in round figures, of which `nbytes` are left after what is kept back."""
+    budget = nbytes + min(_UNSEEN, nbytes // (_SLACK - 1) + 1)
+    unit, name = (1 << 20, "MiB") if budget >= 64 << 20 else (1 << 10, "KiB")
+    return f"{-(-budget // unit)}{name}"

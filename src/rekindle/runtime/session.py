@@ -115,7 +115,7 @@ class Session:
             Pressure(default_reader(lambda: ledger.total_nbytes, self.memory_budget)) if pressure is None else pressure
         )
         self._evictor = Evictor(ledger, stats, lambda: self._recorder.number)
-        room = Room(ledger, self._evictor, self._pressure, self.memory_budget, watches, stats)
+        room = self._room = Room(ledger, self._evictor, self._pressure, self.memory_budget, watches, stats)
         self.snapshots = Snapshots(ledger, room, stats)
         self._replayer = Replayer(ledger, room, stats, self.modules.name_of)
         self._decisions = Decisions(None, None, self.snapshots, self._step)
@@ -146,6 +146,7 @@ class Session:
     def _open(self) -> None:
         self._recorder.keeper = self._decisions = self._new_decisions()
         self._recorder.tape = Tape() if self._record_next else None
+        self._room.measures = self._record_next
         with ExitStack() as stack:
             self.modules.open()
             stack.callback(self.modules.close)
@@ -164,6 +165,7 @@ class Session:
             return
         stack.close()
         tape, self._recorder.tape = self._recorder.tape, None
+        self._room.measures = False
         try:
             if tape is not None and error is None:
                 self._learn(tape)
@@ -302,7 +304,7 @@ class Session:
     @property
     def pressure(self) -> Level:
         """How near the limit the session is now."""
-        return self._pressure.look()[1]
+        return self._room.level()
 
     @property
     def live_nbytes(self) -> int:

@@ -1,0 +1,34 @@
+"""Budgets hold for models in full size, told by the allocator's events; `tests/eager/test_budget.py` has small ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+from torch import Tensor
+
+import peers
+import rekindle
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [peers.gpt2, peers.llama, peers.resnet], ids=["gpt2", "llama", "resnet50"])
+def test_full_model(make: Callable[[], peers.Workload]) -> None:
+    """Seven tenths, half and 35% of what plain PyTorch needs beside parameters, gradients and the batch: measured below
+    the budget in the first step and in the next, with the same bits."""
+    workload = make()
+    buffers = {name: buffer.clone() for name, buffer in workload.model.named_buffers()}
+    expected = workload.outcome(nullcontext())
+    plain = workload.peak(nullcontext())
+    tensors = [*workload.model.parameters(), *workload.model.buffers(), *workload.batch.values()]
+    tensors += [parameter.grad for parameter in workload.model.parameters()]
+    storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+    standing = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    for share in (0.7, 0.5, 0.35):
+        session = rekindle.Session(memory_budget=standing + int(share * plain))
+        assert workload.peak(session) <= share * plain
+        workload.model.load_state_dict(buffers, strict=False)  # each step moved the running statistics
+        assert [key for key, digest in workload.outcome(session).items() if digest != expected[key]] == []
+        assert session.stats.ops_replayed > 0
+    assert workload.peak(session) <= share * plain
