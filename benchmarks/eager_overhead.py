@@ -74,6 +74,7 @@ class Pointwise(nn.Module):
 def policies() -> dict[str, rekindle.Session]:
     """Sessions to measure, fresh."""
     return {
+        "Rekindle, recording": rekindle.Session(),
         "Rekindle, EveryN(2)": rekindle.Session(policy=rekindle.EveryN(2)),
         "Rekindle, PerModule(Linear)": rekindle.Session(policy=rekindle.PerModule(nn.Linear)),
         "Rekindle, following a plan": rekindle.Session(policy=rekindle.Balanced(0.5)),

@@ -143,7 +143,8 @@ def live_activations() -> int:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)  # sizes of 1 have any stride
 
 
 def _difference(left: Tensor | None, right: Tensor | None) -> str:

@@ -551,6 +551,15 @@ def test_cuda_graph_capture(capturing, session, monkeypatch):
     assert_unharmed(small_model(1), session)
 
 
+def test_hooks_disabled(session):
+    """A session is refused where somebody disabled saved-tensor hooks, with their reason, and is usable afterwards."""
+    disabled = torch.autograd.graph.disable_saved_tensors_hooks("Mine.")
+    refused = pytest.raises(rekindle.UnsupportedContext, match=r"Mine\..*disable_saved_tensors_hooks")
+    with disabled, refused, session:
+        pass
+    assert_unharmed(small_model(1), session)
+
+
 # -- the tree ----------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ plan says, and once with even the smallest activations evicted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import helpers
-from rekindle import EveryN, KeepNone, MemoryOptimal, PerModule
+from rekindle import EveryN, KeepNone, MemoryOptimal, PerModule, Session
 
 pytestmark = pytest.mark.filterwarnings("ignore:PerModule.*no module that ran")  # some models here have no such module
 
@@ -532,7 +533,7 @@ class Scale(torch.autograd.Function):
 
 
 class Double(torch.autograd.Function):
-    """Writes over its input and reads it in between."""
+    """Writes over its input, and reads it in between and afterwards."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -541,22 +542,22 @@ class Double(torch.autograd.Function):
         y = x.sin()
         x.add_(y)
         ctx.mark_dirty(x)
-        ctx.save_for_backward(x, y)
+        ctx.save_for_backward(x, y, x.cos())
         return x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Not the true derivative; it only has to be the same twice."""
-        x, y = ctx.saved_tensors
-        return grad * x + y
+        x, y, z = ctx.saved_tensors
+        return grad * x + y * z
 
 
 @loss()
 def own_functions(net: Net, x: Tensor) -> Tensor:
     """Custom functions that save and that write in place."""
     x = Scale.apply(x, net.w)
-    x = Double.apply(Scale.apply(F.gelu(x), net.v) @ net.w) @ net.v + Double.apply(net.b * 2)
-    return F.gelu(x).pow(2).mean()
+    y = Double.apply(Scale.apply(F.gelu(x), net.v) @ net.w)
+    return (F.gelu(y) * y @ net.v + Double.apply(net.b * 2)).pow(2).mean()
 
 
 @loss()
@@ -690,13 +691,17 @@ def other_data(net: Net, x: Tensor) -> Tensor:
     return F.gelu(result + hidden @ net.w).pow(2).mean()
 
 
-@loss()
-def freed_storage(net: Net, x: Tensor) -> Tensor:
+@step()
+def freed_storage(net: Net, number: int, managed: helpers.Managed) -> Tensor:
     """A storage that the user frees by hand is recomputed like one that died."""
-    hidden = (x @ net.w).detach()
-    result = F.gelu(hidden + net.b) @ net.v
-    hidden.untyped_storage().resize_(0)
-    return F.gelu(result).pow(2).mean()
+    x = batch(number)
+    with managed:
+        with torch.no_grad():
+            hidden = x @ net.w
+        result = F.gelu(F.gelu(hidden + net.b) @ net.v).pow(2).mean()
+        hidden.untyped_storage().resize_(0)
+        result.backward()
+    return result
 
 
 @loss()
@@ -741,3 +746,77 @@ def test_trains_to_the_last_bit(name: str, policy: str) -> None:
     )
     if policy == "keep-none-nor-small":
         helpers.assert_worked(session)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def recurrent_step(net: Net, hidden: Tensor) -> Tensor:
+    """One step of truncated back-propagation: the hidden state to carry on."""
+    hidden = torch.tanh(net.m["chain"](hidden * 0.9) @ net.w)
+    hidden.pow(2).mean().backward()
+    return hidden.detach()
+
+
+def footprint(session: Session) -> tuple[int, int, int]:
+    """What a session holds: live bytes, storages it follows, activations there are."""
+    ledger = session._ledger
+    return ledger.live_nbytes, len(ledger.storages), helpers.live_activations()
+
+
+@pytest.mark.parametrize("policy", [KeepNone(), EveryN(2), MemoryOptimal(0.3)], ids=repr)
+@pytest.mark.parametrize("many", [False, True], ids=["one-entry", "many-entries"])
+def test_truncated_back_propagation_holds_memory_flat(policy: Any, many: bool) -> None:
+    """A state carried over from step to step does not chain the steps together, in one entry of the session or in
+    many: after two hundred steps it holds what it held after twenty."""
+    torch.manual_seed(0)
+    net, session = Net(layers, torch.float32), Session(policy)
+    hidden, held = batch(0), {}
+    with nullcontext() if many else session:
+        for number in range(200):
+            with session if many else nullcontext():
+                hidden = recurrent_step(net, hidden)
+            if number in (19, 199):
+                held[number] = footprint(session)
+    assert held[19] == held[199]
+
+
+@pytest.mark.parametrize("policy", [KeepNone(), EveryN(2)], ids=repr)
+def test_a_loop_without_gradients_holds_memory_flat(policy: Any) -> None:
+    """Thousands of ops that nothing is saved of are forgotten on the way."""
+    session, hidden, held = Session(policy), batch(0), []
+    with session, torch.no_grad():
+        for number in range(20_000):
+            hidden = torch.sin(hidden)
+            if number % 4000 == 3999:
+                held.append(helpers.live_activations())
+    assert max(held) < 5000
+    assert helpers.live_activations() == 0
+
+
+@pytest.mark.parametrize("min_nbytes", [0, 1024])
+def test_recomputed_values_go_after_each_backward_pass(min_nbytes: int) -> None:
+    """With `retain_graph=True` what was recomputed goes again, and the next backward pass replays the same ops."""
+    torch.manual_seed(0)
+    net, session = Net(layers, torch.float32), Session(KeepNone(), min_nbytes=min_nbytes)
+    with session:
+        result = F.gelu(net.m["chain"](batch(0)) @ net.w).pow(2).mean()
+        before, replayed = session._ledger.live_nbytes, []
+        for retain in (True, True, False):
+            count = session.last_step.ops_replayed
+            grads = torch.autograd.grad(result, list(net.m.parameters()), retain_graph=retain)
+            replayed.append(session.last_step.ops_replayed - count)
+            del grads
+            assert session._ledger.live_nbytes <= before
+    assert replayed[0] == replayed[1] == replayed[2] > 0
+
+
+def test_a_long_chain_of_ops_is_freed() -> None:
+    """A graph of ten thousand ops in a row goes without overflowing the stack."""
+    net, session = Net(layers, torch.float32), Session(KeepNone())
+    with session:
+        hidden = batch(0) @ net.w
+        for _ in range(10_000):
+            hidden = hidden.sin()
+        del hidden
+    assert helpers.live_activations() == 0

@@ -19,6 +19,8 @@ from watch import living, living_tensors, modes
 
 pytestmark = pytest.mark.usefixtures("counting")
 
+pytestmark = pytest.mark.filterwarnings("ignore:PerModule.*no module that ran")  # some models here have no Layer
+
 POLICIES = [
     None,
     rekindle.KeepAll(),
@@ -150,11 +152,11 @@ def test_exception_in_replay(policy, number, monkeypatch):
     model, session = small_model(3), rekindle.Session(policy)
     call, count = replay._call, Counter()
 
-    def fail(op, args, kwargs):
+    def fail(op, args, kwargs, run):
         count["ops"] += 1
         if count["ops"] == number:
             raise Stop
-        return call(op, args, kwargs)
+        return call(op, args, kwargs, run)
 
     for failures in (1, 2):
         count.clear()

@@ -52,6 +52,7 @@ PRIVATE_MODULES = {
 }
 PRIVATE_ATTRIBUTES = {
     "_version": "of a tensor; read for most arguments of every op, where a call more would cost",
+    "_base": "of a tensor; only views of one tensor are known to count their writes together",
     "_cdata": "of a storage: the only identity it has; read for most arguments of every op, too",
     "_schema": "of an overload; PyTorch's own documentation of dispatch modes uses it",
     "_neg_view": "of a tensor; the public neg() computes",

@@ -37,8 +37,10 @@ class CallLike(Protocol):
 class Decider(Protocol):
     """The decisions of one step, made as it runs, from what has been seen of it so far."""
 
+    makes: bool
+    """Whether `made` is to be asked; if not, it is always no."""
     reads: bool
-    """Whether `read` is to be asked."""
+    """Whether `read` is to be asked; if not, it is always no."""
 
     def made(self, call: CallLike) -> bool:
         """Whether an evictable activation becomes a checkpoint as it is made. Asked once for each, in their order."""

@@ -125,7 +125,7 @@ class _Constant:
     reads = False
 
     def __init__(self, keep: bool) -> None:
-        self._keep = keep
+        self._keep = self.makes = keep
 
     def made(self, call: CallLike) -> bool:
         return self._keep
@@ -139,7 +139,7 @@ class _Constant:
 
 class _Every(_Constant):
     def __init__(self, n: int) -> None:
-        super().__init__(False)
+        super().__init__(True)
         self._n = n
         self._seen = 0
 

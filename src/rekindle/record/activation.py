@@ -15,6 +15,7 @@ import torch
 
 from rekindle.record.aliasing import Window
 from rekindle.record.modules import ModuleCall
+from rekindle.record.torch_private import without_dispatch_modes
 
 
 class Ref:
@@ -56,30 +57,21 @@ class Op:
         grad_mode: whether gradients were enabled; some kernels choose by it.
         number: position in the session's stream of ops; inputs have smaller numbers.
         seconds: what it took, on the clock of the host.
+        guards: (leaf, tensor, version) of each leaf that it read through a tensor which may count its writes apart from
+            the one that the leaf is known by: if the version moves, the bytes are no longer what was read, unless the
+            leaf has a snapshot.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "args",
-        "call",
-        "func",
-        "grad_mode",
-        "inputs",
-        "kwargs",
-        "number",
-        "outputs",
-        "random",
-        "seconds",
-        "writes",
-    )
+    # Class attributes, not slots: most ops never change most of these.
+    writes: list[tuple[Activation | None, weakref.ref[Activation] | None]] = []
+    random: tuple[torch.Generator, torch.Tensor] | None = None
+    guards: tuple[tuple[Activation, torch.Tensor, int], ...] = ()
 
     func: Any
     args: list[Any]
     kwargs: dict[str, Any]
     inputs: list[Activation]
-    writes: list[tuple[Activation | None, weakref.ref[Activation] | None]]
     outputs: list[weakref.ref[Activation] | None]
-    random: tuple[torch.Generator, torch.Tensor] | None
     call: ModuleCall
     grad_mode: bool
     number: int
@@ -97,6 +89,7 @@ class Activation:
         nbytes: size of its storage.
         is_checkpoint: marked to be kept.
         is_marked: the user marked it, not a policy.
+        storage: of a parameter, which it keeps alive without an alias.
         why_kept: why it can never be evicted; empty if it can.
         window: of the tensor that was recorded as the value; onto the whole storage, usually.
         held: a detached alias that keeps the bytes alive, None when Rekindle does not hold them.
@@ -115,6 +108,8 @@ class Activation:
     # Class attributes, not slots: most activations never change most of these, and one is made for every op.
     is_checkpoint = False
     is_marked = False
+    storage: torch.UntypedStorage | None = None
+    why_kept = ""
     held: torch.Tensor | None = None
     weak: weakref.ref[torch.Tensor] | None = None
     version: int | None = None
@@ -133,11 +128,15 @@ class Activation:
         self.window = window
         self.nbytes = nbytes
         self.call = call
-        self.why_kept = why_kept
+        if why_kept:
+            self.why_kept = why_kept
 
     def add_handle(self, handle: Any) -> None:
         """Note that autograd saved it."""
-        self.handles = [*self.handles, weakref.ref(handle)]
+        if self.handles:
+            self.handles.append(weakref.ref(handle))  # type: ignore[attr-defined]
+        else:
+            self.handles = [weakref.ref(handle)]
 
     @property
     def saved_inputs(self) -> tuple[Activation, ...]:
@@ -157,13 +156,25 @@ class Activation:
     def base(self) -> torch.Tensor | None:
         """A tensor on its live storage; None if the bytes are gone or were changed behind the recorder's back."""
         base = self.held if self.held is not None else self.watched()
-        if base is None or (self.version is not None and base._version != self.version):
+        if base is None:
+            return self._rebuilt()
+        if self.version is not None and base._version != self.version:
             return None
         return base if base.untyped_storage().nbytes() == self.nbytes else None
 
+    def _rebuilt(self) -> torch.Tensor | None:
+        """A tensor on the storage of a parameter that the user gave another one: `parameter.data = other`."""
+        storage = self.storage
+        if storage is None or storage.nbytes() != self.nbytes:
+            return None
+        size, stride, offset, dtype = self.window[:4]
+        with without_dispatch_modes(), torch.no_grad():
+            return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, size, stride)
+
     def watched(self) -> torch.Tensor | None:
         """The recorded tensor, if somebody else holds it and it is still on its storage."""
-        tensor = self.weak() if self.weak is not None else None
+        weak = self.weak
+        tensor = weak() if weak is not None else None
         if tensor is None or tensor.untyped_storage()._cdata != self.home:
             return None
         return tensor
@@ -216,7 +227,7 @@ class Activation:
 
     def lose(self) -> None:
         """Note that its storage holds something else now."""
-        self.weak = None
+        self.weak = self.storage = None
         self.release()
 
     def describe(self) -> str:

@@ -36,11 +36,17 @@ def byte_range(window: Window) -> tuple[int, int]:
     return offset * dtype.itemsize, (offset + span + 1) * dtype.itemsize
 
 
+def is_window(base: torch.Tensor, window: Window) -> bool:
+    """Whether `base` itself is that window onto its storage."""
+    same = window == (base.size(), base.stride(), base.storage_offset(), base.dtype)
+    return same and not base.is_conj() and not base.is_neg()
+
+
 def look(base: torch.Tensor, window: Window) -> torch.Tensor:
     """The tensor that is `window` onto the storage of `base`. Call it at the recorded dispatch level."""
-    lazy = base.is_conj() or base.is_neg()
-    if not lazy and window == (base.size(), base.stride(), base.storage_offset(), base.dtype):
+    if is_window(base, window):
         return base
+    lazy = base.is_conj() or base.is_neg()
     size, stride, offset, dtype = window[:4]
     if base.dtype is dtype and not lazy:
         tensor = base.as_strided(size, stride, offset)
@@ -85,16 +91,15 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
         value_id: the value it holds now on the tape, -1 if the step is not being taped.
     """
 
-    __slots__ = ("key", "leaf_nbytes", "lent", "nbytes", "owned", "past", "recomputed", "value_id")
-
+    # Class attributes, not slots: most storages never change most of these.
     key: int
     nbytes: int
-    leaf_nbytes: int
     owned: Activation | None
-    lent: weakref.ref[Activation] | None
-    past: Sequence[weakref.ref[Activation]]
-    recomputed: bool
-    value_id: int
+    leaf_nbytes = 0
+    lent: weakref.ref[Activation] | None = None
+    past: Sequence[weakref.ref[Activation]] = ()
+    recomputed = False
+    value_id = -1
 
     @property
     def activation(self) -> Activation | None:
@@ -137,12 +142,13 @@ class Ledger:
     """
 
     def __init__(self, on_death: Callable[[Activation, int], None]) -> None:
-        """`on_death(activation, nbytes)` is called when the storage of an activation dies."""
+        """`on_death(activation, nbytes)` is called when the storage of an activation that autograd saved dies."""
         self.storages: dict[int, Tracked] = {}
         self.live_nbytes = 0
         self.leaf_nbytes = 0
         self.peak_nbytes = 0
         self._on_death = on_death
+        self._on_storage_death = self._died
 
     @property
     def total_nbytes(self) -> int:
@@ -152,6 +158,10 @@ class Ledger:
     def find(self, tensor: torch.Tensor) -> Tracked | None:
         """The record of the tensor's storage, if the session has seen it. Raises for tensors without a storage."""
         return self.storages.get(tensor.untyped_storage()._cdata)
+
+    def note(self, nbytes: int) -> None:
+        """Note that a kernel has `nbytes` more for a moment than those that are live."""
+        self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes + nbytes)
 
     def track_leaf(self, tensor: torch.Tensor) -> Tracked | None:
         """Begin to follow what was there before. None for tensors without a storage."""
@@ -168,16 +178,11 @@ class Ledger:
 
     def track(self, storage: torch.UntypedStorage, activation: Activation | None, nbytes: int) -> Tracked:
         """Begin to follow a storage; `nbytes` of it count as live."""
-        tracked = Tracked(storage, self._died)
-        tracked.key = storage._cdata
+        tracked = Tracked(storage, self._on_storage_death)
+        tracked.key = key = storage._cdata
         tracked.nbytes = nbytes
-        tracked.leaf_nbytes = 0
         tracked.owned = activation
-        tracked.lent = None
-        tracked.past = ()
-        tracked.recomputed = False
-        tracked.value_id = -1
-        self.storages[tracked.key] = tracked
+        self.storages[key] = tracked
         if nbytes:
             self.live_nbytes += nbytes
             if self.live_nbytes > self.peak_nbytes:
@@ -200,12 +205,14 @@ class Ledger:
             tracked.forget()
 
     def _died(self, tracked: weakref.ref[torch.UntypedStorage]) -> None:
-        assert isinstance(tracked, Tracked)
+        assert type(tracked) is Tracked
         if self.storages.get(tracked.key) is tracked:
             del self.storages[tracked.key]
         self.live_nbytes -= tracked.nbytes
         self.leaf_nbytes -= tracked.leaf_nbytes
         activation = tracked.activation
+        if activation is None:
+            return
         tracked.own(None)
-        if activation is not None and not tracked.recomputed:
+        if activation.handles and not tracked.recomputed:
             self._on_death(activation, tracked.nbytes)

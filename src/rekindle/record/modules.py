@@ -40,15 +40,17 @@ class ModuleCall:
         return f"module {self.path!r} ({cls})" if self.path else f"the outermost module ({cls})"
 
 
-_types: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
+_types: dict[int, tuple[weakref.ref[type], tuple[str, ...]]] = {}  # by `id`: cheaper than a WeakKeyDictionary
 
 
 def types_of(cls: type) -> tuple[str, ...]:
     """Qualified names of a module class and its bases, nearest first, up to `torch.nn.Module`."""
-    names = _types.get(cls)
-    if names is None:
-        bases = (base for base in cls.__mro__ if base not in (torch.nn.Module, object))
-        names = _types[cls] = tuple(f"{base.__module__}.{base.__qualname__}" for base in bases)
+    known = _types.get(id(cls))
+    if known is not None and known[0]() is cls:
+        return known[1]
+    bases = (base for base in cls.__mro__ if base not in (torch.nn.Module, object))
+    names = tuple(f"{base.__module__}.{base.__qualname__}" for base in bases)
+    _types[id(cls)] = weakref.ref(cls), names
     return names
 
 
@@ -113,7 +115,13 @@ class ModuleStack:
             return
         parent = self.current
         self._count += 1
-        path = self._path(module, parent)
+        if parent is self.outside:
+            if self._on_root is not None:
+                self._on_root(module)
+            self._root = self._names(module)
+            path = ""
+        else:
+            path = self._root.get(id(module)) or ".".join(filter(None, (parent.path, type(module).__name__)))
         self.current = ModuleCall(path, types_of(type(module)), parent, self._count, id(module))
 
     def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -124,17 +132,6 @@ class ModuleStack:
             call = call.parent
         if call is not None and call.parent is not None:
             self.current = call.parent
-
-    def _path(self, module: torch.nn.Module, parent: ModuleCall) -> str:
-        if parent is self.outside:
-            if self._on_root is not None:
-                self._on_root(module)
-            self._root = self._names(module)
-            return ""
-        name = self._root.get(id(module))
-        if name is not None:
-            return name
-        return ".".join(filter(None, (parent.path, type(module).__name__)))
 
     def _names(self, root: torch.nn.Module) -> dict[int, str]:
         names = self.roots.get(root)

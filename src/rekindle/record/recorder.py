@@ -29,10 +29,11 @@ Tensor = torch.Tensor
 class Keeper(Protocol):
     """Who decides what is kept, asked as the step runs."""
 
+    makes: bool
     reads: bool
 
     def made(self, name: str, call: ModuleCall) -> bool:
-        """Whether a new evictable activation becomes a checkpoint."""
+        """Whether a new evictable activation becomes a checkpoint. Asked only if `makes`."""
 
     def read(self, made_in: ModuleCall, read_in: ModuleCall) -> bool:
         """Whether an activation becomes a checkpoint because this call reads it. Asked only if `reads`."""
@@ -46,6 +47,17 @@ class Room(Protocol):
     """Who runs ops so that what they allocate fits."""
 
     watches: bool
+    hungry: set[str]
+
+    def rescue(
+        self,
+        error: torch.OutOfMemoryError,
+        func: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        random: tuple[torch.Generator, Tensor] | None,
+    ) -> Any:
+        """Try an op again that ran out of memory, after making what room there is."""
 
     def run(
         self,
@@ -119,6 +131,8 @@ class Recorder(TorchDispatchMode):
         self.number = 0
         self.checksums: Checksums | None = None
         self._room = room
+        self._hungry = room.hungry
+        self._watched = room.watches
         self._min_nbytes = min_nbytes
         self._snapshot = snapshot
         self._storages = ledger.storages
@@ -144,7 +158,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        traits = KNOWN.get(func) or traits_of(func)
+        traits = KNOWN.get(id(func)) or traits_of(func)
         if traits.view:
             return func(*args, **kwargs) if kwargs else func(*args)
         if types:
@@ -152,15 +166,48 @@ class Recorder(TorchDispatchMode):
         if kwargs is None:
             kwargs = {}
         graph_task = current_graph_task()
-        if graph_task != -1 and graph_task != self._graph_task:
+        backward = graph_task != -1
+        if backward and graph_task != self._graph_task:
             self._graph_task = graph_task
             when_backward_ends(self._backward_ended)
         if traits.reshapes:
             return self._reshape(func, args, kwargs)
         grad_mode = torch.is_grad_enabled()
-        if (not grad_mode and graph_task != -1) or torch.is_inference_mode_enabled():
-            return self._pass(func, traits, args, kwargs, graph_task != -1)
-        return self._record(func, traits, args, kwargs, grad_mode, graph_task != -1)
+        if (not grad_mode and backward) or torch.is_inference_mode_enabled():
+            if traits.writes or traits.stats is not None or self.tape is not None:
+                return self._pass(func, traits, args, kwargs, backward)
+            return self._count(self._run(func, traits, args, kwargs, self.modules.current, None))
+        return self._record(func, traits, args, kwargs, grad_mode, backward)
+
+    def _run(
+        self,
+        func: Any,
+        traits: Traits,
+        args: Any,
+        kwargs: dict[str, Any],
+        call: ModuleCall,
+        random: tuple[torch.Generator, Tensor] | None,
+    ) -> Any:
+        if self._watched or traits.name in self._hungry or self.tape is not None:
+            return self._room.run(func, args, kwargs, call, random)
+        try:
+            return func(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            return self._room.rescue(error, func, args, kwargs, random)
+
+    def _count(self, result: Any) -> Any:
+        """Count the bytes of what an op returned from which nothing will be recomputed. Returns it."""
+        if isinstance(result, (list, tuple)):
+            for item in result:
+                self._count(item)
+        elif isinstance(result, Tensor):
+            try:
+                storage = result.untyped_storage()
+                if storage._cdata not in self._storages:
+                    self.ledger.track(storage, None, storage.nbytes())
+            except (NotImplementedError, RuntimeError):  # sparse, opaque layouts
+                pass
+        return result
 
     # -- one op that may be repeated ---------------------------------------------------------------------------------
 
@@ -177,16 +224,18 @@ class Recorder(TorchDispatchMode):
         if number > self._next_cut and not self.saves:
             self.cut()
         op = Op()
-        op.func, op.number, op.grad_mode, op.random = func, number, grad_mode, None
+        op.func, op.number, op.grad_mode = func, number, grad_mode
         op.call = call = self.modules.current
-        op.inputs, op.writes, op.outputs = [], [], []
+        op.inputs, op.outputs = [], []
         self._ask_reads = self.keeper.reads and not backward  # backward ops run outside of all modules
         opaque = traits.opaque or (why_opaque(func, args, kwargs) if traits.check else "")
         written: list[_Write] = []
+        past: list[_Write] = []
         me = weakref.ref(op)
         try:
             if traits.plain:
-                op.args = [self._ref(arg, op, me) if isinstance(arg, Tensor) else arg for arg in args]
+                ref = self._ref
+                op.args = [ref(arg, op, me) if isinstance(arg, Tensor) else arg for arg in args]
                 op.kwargs = kwargs
             else:
                 op.args, op.kwargs = self._template(op, me, traits, args, kwargs, written)
@@ -194,22 +243,26 @@ class Recorder(TorchDispatchMode):
             return self._pass(func, traits, args, kwargs, backward)
         if traits.random:
             op.random = _generator_state(args, kwargs)
-        past = [former for write in written for former in self._past(write.tensor)]
-        for write in written:
-            if not opaque and (write.old in op.inputs if write.whole else write.old.op is None):
-                opaque = OVERWRITTEN_LEAF
-        for write in (*written, *past):
-            self._before_write(write, op)
+        if written:
+            op.writes = []
+            past = [former for write in written for former in self._past(write.tensor)]
+            for write in written:
+                if not opaque and (write.old in op.inputs if write.whole else write.old.op is None):
+                    opaque = OVERWRITTEN_LEAF
+            for write in (*written, *past):
+                self._before_write(write, op)
 
         start = time.perf_counter()
-        result = self._room.run(func, args, kwargs, call, op.random)
+        result = self._run(func, traits, args, kwargs, call, op.random)
         op.seconds = time.perf_counter() - start
         if op.random is not None:
             self._keep_random(op, *op.random)
 
-        made: list[Activation | None] = [self._rewrite(op, opaque, write) for write in written]
-        for write in past:
-            self._displace(op, write)
+        made: list[Activation | None] = []
+        if written:
+            made += [self._rewrite(op, opaque, write) for write in written]
+            for write in past:
+                self._displace(op, write)
         if isinstance(result, Tensor):
             op.outputs.append(self._output(op, traits, opaque, result, call, made))
         elif result is not None:
@@ -277,30 +330,38 @@ class Recorder(TorchDispatchMode):
         if tracked is None:
             activation = self._leaf(tensor, None)
         else:
-            found = tracked.owned or tracked.activation
+            found = tracked.owned
+            if found is None and tracked.lent is not None:
+                found = tracked.lent()
             activation = self._leaf(tensor, tracked) if found is None or found.stale() else found
             if activation.version is None and activation.op is not None:
                 self.first_read(activation, tensor)
-        if activation.held is None:
-            if activation.why_kept or activation.is_checkpoint:
+        if activation.op is None:
+            self._guard(activation, tensor, op)
+        elif activation.held is None:
+            if activation.is_checkpoint:
                 self.hold(activation, tensor)
             elif self._ask_reads and self.keeper.read(activation.call, op.call):
                 activation.is_checkpoint = True
                 self.hold(activation, tensor)
-        self._reads(activation, op, me)
-        activation.last_use = op.number
+        if activation not in op.inputs:
+            op.inputs.append(activation)
+            activation.last_use = op.number
+            if activation.readers:
+                activation.readers.append(me)  # type: ignore[attr-defined]
+            else:
+                activation.readers = [me]
         weak = activation.weak
         return Ref(activation, activation.window if weak is not None and weak() is tensor else window_of(tensor))
 
-    @staticmethod
-    def _reads(activation: Activation, op: Op, me: weakref.ref[Op]) -> None:
-        if activation in op.inputs:
+    def _guard(self, activation: Activation, tensor: Tensor, op: Op) -> None:
+        """See that what cannot be recomputed is there, and unchanged, when `op` is repeated."""
+        if activation.held is None and activation.storage is None:
+            self.hold(activation, tensor)
             return
-        op.inputs.append(activation)
-        if activation.readers:
-            activation.readers.append(me)  # type: ignore[attr-defined]
-        else:
-            activation.readers = [me]
+        known = activation.weak() if activation.weak is not None else None
+        if known is not tensor and not tensor.is_inference() and (known is None or tensor._base is not known):
+            op.guards = (*op.guards, (activation, alias(tensor), tensor._version))  # it may count its writes apart
 
     def _target(
         self,
@@ -325,8 +386,7 @@ class Recorder(TorchDispatchMode):
             written.append(_Write(activation, tensor, whole))
         if whole:
             return Scratch(tensor, len(written) - 1)
-        self._reads(activation, op, me)
-        return Ref(activation, window_of(tensor))
+        return self._ref(tensor, op, me)
 
     def _scratch(self, tensor: Tensor) -> Scratch:
         """A running statistic: written, and never read by anything that will be repeated."""
@@ -352,21 +412,30 @@ class Recorder(TorchDispatchMode):
         return Ref(activation, activation.window)
 
     def _leaf(self, tensor: Tensor, tracked: Tracked | None) -> Activation:
-        """A value that no op of this forward made. It is held: nothing could bring it back."""
+        """A value that no op of this forward made. It is held, since nothing could bring it back: by an alias, or if it
+        is a parameter by its storage, which costs less."""
         storage = tensor.untyped_storage()
         if tensor.is_quantized:
             raise NotImplementedError("quantised tensors are left alone")
-        activation = Activation(None, window_of(tensor), storage.nbytes(), self.modules.current, LEAF)
-        activation.key = storage._cdata
-        if tensor.is_inference():
-            activation.held = tensor
-        else:
-            activation.held = alias(tensor)
-            activation.version = tensor._version
         if tracked is None:
             tracked = self.ledger.track_leaf(tensor)
             assert tracked is not None
+        owner = tensor if type(tensor) is torch.nn.Parameter else tensor._base
+        if type(owner) is torch.nn.Parameter and not owner.is_inference():
+            activation = Activation(None, window_of(owner), storage.nbytes(), self.modules.outside, LEAF)
+            activation.storage = storage
+            activation.version = owner._version
+            activation.watch(owner)
+        else:
+            activation = Activation(None, window_of(tensor), storage.nbytes(), self.modules.current, LEAF)
+            if tensor.is_inference():
+                activation.held = tensor
+            else:
+                activation.held = alias(tensor)
+                activation.version = tensor._version
+                activation.watch(tensor)
         tracked.lend(activation)
+        activation.key = storage._cdata
         activation.value_id = tracked.value_id
         return activation
 
@@ -386,7 +455,7 @@ class Recorder(TorchDispatchMode):
         """Note that an activation holds its bytes itself now."""
         assert activation.held is not None
         tracked = self._storages[activation.held.untyped_storage()._cdata]
-        tracked.lend(activation)
+        tracked.owned, tracked.lent = None, weakref.ref(activation)
         tracked.value_id = activation.value_id
 
     def first_read(self, activation: Activation, tensor: Tensor) -> None:
@@ -408,12 +477,15 @@ class Recorder(TorchDispatchMode):
         if storage._cdata in self._storages:
             return None
         nbytes = storage.nbytes()
+        if nbytes < self._min_nbytes and self.tape is None:
+            self.ledger.track(storage, None, nbytes)  # becomes a leaf, if anything reads it
+            return None
         why = opaque or (SMALL if nbytes < self._min_nbytes else UNINITIALISED if traits.uninitialised else "")
         activation = Activation(None if why else op, window_of(tensor), nbytes, call, why)
         activation.weak, activation.home = weakref.ref(tensor), storage._cdata
         activation.version = tensor._version
         self.ledger.track(storage, activation, nbytes)
-        if not why and self.keeper.made(traits.name, call):
+        if not why and self.keeper.makes and self.keeper.made(traits.name, call):
             activation.is_checkpoint = True
         made.append(activation)
         return weakref.ref(activation)
@@ -446,7 +518,7 @@ class Recorder(TorchDispatchMode):
             source = tensor if write.watch is None else write.watch
             new = Activation(op, window_of(source), old.nbytes, op.call)
             new.watch(source)
-            new.is_checkpoint = self.keeper.made(str(op.func), op.call)
+            new.is_checkpoint = self.keeper.makes and self.keeper.made(str(op.func), op.call)
         op.writes.append((None if whole else old, weakref.ref(new) if new is not None else None))
         tracked.own(new)
         tracked.value_id = -1
@@ -496,7 +568,7 @@ class Recorder(TorchDispatchMode):
         tape = self.tape
         inputs = tape.values_read(self.ledger, args, kwargs) if tape is not None else []
         start = time.perf_counter()
-        result = self._room.run(func, args, kwargs, self.modules.current)
+        result = self._run(func, traits, args, kwargs, self.modules.current, None)
         seconds = time.perf_counter() - start
         if written or past:
             op = Op()
@@ -505,19 +577,13 @@ class Recorder(TorchDispatchMode):
                 self._rewrite(op, "not recorded", write)
             for write in past:
                 self._displace(op, write)
-        new = [tracked for tensor in _tensors(result) if (tracked := self._count(tensor)) is not None]
-        if tape is not None:
-            outputs = [tape.plain_value(tracked) for tracked in new]
-            tape.op(traits.name, inputs, outputs, self.modules.current, seconds, backward, traits.random)
+        if tape is None:
+            return self._count(result)
+        seen = set(self._storages)
+        self._count(result)
+        outputs = [tape.plain_value(tracked) for key, tracked in self._storages.items() if key not in seen]
+        tape.op(traits.name, inputs, outputs, self.modules.current, seconds, backward, traits.random)
         return result
-
-    def _count(self, tensor: Tensor) -> Tracked | None:
-        if not _has_storage(tensor):
-            return None
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._storages:
-            return None
-        return self.ledger.track(storage, None, storage.nbytes())
 
     def _current(self, tensor: Tensor) -> Activation | None:
         try:

@@ -66,6 +66,7 @@ NEVER_REPEAT: dict[str, str] = {
         ("aten::set_", "aten::resize_", "aten::resize_as_", "aten::resize_as_sparse_", "aten::set_data"),
         "changes the storage itself",
     ),
+    "aten::linalg_lstsq": "its usual driver starts from uninitialised pivots, so its bits vary",
     "aten::_efficientzerotensor": "has no bytes",
     "aten::_pin_memory": "moves to pinned host memory",
     "aten::from_file": "reads a file that may have changed",
@@ -110,15 +111,18 @@ class Traits:
     plain: bool = False
 
 
-KNOWN: dict[Any, Traits] = {}
-"""The traits of the overloads met so far: `traits_of` without the call, for the recorder."""
+KNOWN: dict[int, Traits] = {}
+"""The traits of the overloads met so far by `id`: overloads hash in Python, which costs more than the look-up. For the
+recorder; everybody else calls `traits_of`."""
+_kept: list[Any] = []  # so that no other object gets the `id` of one
 
 
 def traits_of(func: Any) -> Traits:
     """The traits of an overload, worked out once per process."""
-    traits = KNOWN.get(func)
+    traits = KNOWN.get(id(func))
     if traits is None:
-        traits = KNOWN[func] = _read(func)
+        _kept.append(func)
+        traits = KNOWN[id(func)] = _read(func)
     return traits
 
 
@@ -149,7 +153,8 @@ def _read(func: Any) -> Traits:
         random=torch.Tag.nondeterministic_seeded in tags,
         opaque=opaque,
         uninitialised=qualified in UNINITIALISED,
-        overwrites=qualified in OVERWRITES or any(n == "out" for _, n in writes),
+        overwrites=qualified in OVERWRITES
+        or (qualified not in UNINITIALISED and any(name == "out" for _, name in writes)),
         stats=RUNNING_STATS.get(qualified),
         check=check,
         plain=not writes and qualified not in RUNNING_STATS and not any(map(_may_nest, schema.arguments)),

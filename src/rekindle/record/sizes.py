@@ -57,29 +57,35 @@ class Sizes:
         self._measured: dict[Any, Need] = {}
         self._guessed: dict[Any, Need] = {}
 
-    def need(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Need, bool]:
-        """(signature, what the op needs, whether that was measured)."""
-        signature = (func, *_key(args), *_key(kwargs.values())) if kwargs else (func, *_key(args))
-        known = self._measured.get(signature)
-        if known is not None:
-            return signature, known, True
+    @staticmethod
+    def signature(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What decides how much an op needs: the op and the geometry of its arguments."""
+        return (func, *_key(args), *_key(kwargs.values())) if kwargs else (func, *_key(args))
+
+    def measured(self, signature: Any) -> Need | None:
+        """What an op of this signature needed when it ran; None if that is not known."""
+        return self._measured.get(signature)
+
+    def guess(self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Need:
+        """What an op is going to need."""
         guess = self._guessed.get(signature)
         if guess is None:
             guess = _guess(func, args, kwargs)
             _put(self._guessed, signature, guess)
-        return signature, guess, False
+        return guess
 
-    def run(self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Run the op and remember what it needed."""
-        if _by_data(func, args) or not _can_measure(args, kwargs):
-            return func(*args, **kwargs)
+    def measure(self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Need]:
+        """Run the op and remember what it needed. Returns its result and that; nothing if it could not be measured."""
+        if not _can_measure(args, kwargs):
+            return func(*args, **kwargs), Need(0, 0)
         with AllocatorWatch() as watch:
             result = func(*args, **kwargs)
-        if watch.worked:
-            results = max(0, watch.nbytes)
-            _put(self._measured, signature, Need(results, watch.peak_nbytes - results))
+        results = max(0, watch.nbytes)
+        need = Need(results, watch.peak_nbytes - results)
+        if watch.worked and not _by_data(func, args):
+            _put(self._measured, signature, need)
             self._guessed.pop(signature, None)
-        return result
+        return result, need
 
 
 def _put(table: dict[Any, Need], signature: Any, need: Need) -> None:

@@ -17,6 +17,7 @@ version which breaks one fails there first.
   either. FSDP and DDP use the same two calls.
 * Calls of modules. PyTorch runs its `always_call` hooks after an Exception, but not after a KeyboardInterrupt; only the
   stack of frames tells that such a call is over.
+* Disabled hooks. Code that cannot bear saved-tensor hooks disables them, and says why to whoever asks.
 * Nodes. The engine knows which node of the graph it is running, and nodes have numbers.
 """
 
@@ -32,7 +33,7 @@ import torch
 from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy, _profiler_enabled
 from torch._C._dynamo import eval_frame
 from torch._C._profiler import ProfilerConfig, ProfilerState
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _AD_INPLACE_OR_VIEW = torch._C.DispatchKey.ADInplaceOrView
 
@@ -118,6 +119,12 @@ class AllocatorWatch:
                 self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
 
+def hooks_refused() -> str | None:
+    """Why saved-tensor hooks are refused here, by `torch.autograd.graph.disable_saved_tensors_hooks`; None if not."""
+    message: str | None = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    return message
+
+
 class _Probe(TorchDispatchMode):
     """Reads the dispatcher's thread-local state as a mode's handler sees it."""
 
@@ -138,9 +145,9 @@ class _Probe(TorchDispatchMode):
 
 def _handler_level() -> tuple[Any, Any]:
     probe = _Probe()  # type: ignore[no-untyped-call]
-    with probe, torch.no_grad():
+    with _disable_current_modes(), probe, torch.no_grad():  # no mode is to see this op, our recorder least of all
         torch.empty(0)
-    include = probe.include  # names the Python keys still if another mode was active just now
+    include = probe.include
     for key in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):
         include = include.remove(key)
     return include, probe.exclude

@@ -17,6 +17,7 @@ class Decisions:
     """
 
     def __init__(self, decider: Decider | None, follower: Follower | None, snapshots: Snapshots, stats: Stats) -> None:
+        self.makes = follower is not None if decider is None else decider.makes
         self.reads = decider is not None and decider.reads
         self.follower = follower
         self._decider = decider

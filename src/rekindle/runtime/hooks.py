@@ -9,7 +9,7 @@ import torch
 
 from rekindle._errors import SavedTensorModified
 from rekindle.record.activation import Activation
-from rekindle.record.aliasing import Window, look, window_of
+from rekindle.record.aliasing import Window, is_window, look, window_of
 from rekindle.record.modules import ModuleCall
 from rekindle.record.torch_private import (
     at_recorded_level,
@@ -61,26 +61,29 @@ class SavedTensors:
         self.checksums: Checksums | None = None
         self._snapshot = snapshot
         self._recorder = recorder
+        self._storages = recorder.ledger.storages
         self._replayer = replayer
         self._saved = saved
         self._graph_task = -1
 
     def pack(self, tensor: torch.Tensor) -> Handle | Saved:
         """Called by autograd when it saves a tensor."""
-        call = self._recorder.modules.current
+        recorder = self._recorder
+        call = recorder.modules.current
         try:
-            tracked = self._recorder.ledger.find(tensor)
+            key = tensor.untyped_storage()._cdata
         except (NotImplementedError, RuntimeError):  # sparse, mkldnn: no storage
             return self._as_it_is(tensor, 0, call)
-        activation = tracked.activation if tracked is not None else None
+        tracked = self._storages.get(key)
+        activation = (tracked.owned or tracked.activation) if tracked is not None else None
         if activation is not None and activation.stale():
             activation = None
         if self._snapshot and not tensor.is_inference():
-            return self._handle(tensor, self._recorder.leaf(tensor) if activation is None else activation, call)
+            return self._handle(tensor, recorder.leaf(tensor) if activation is None else activation, call)
         if activation is None or activation.op is None:
-            if activation is not None and self._recorder.tape is not None:
-                self._recorder.tape.saved(activation, call)
-            return self._as_it_is(tensor, tensor.untyped_storage()._cdata, call)
+            if activation is not None and recorder.tape is not None:
+                recorder.tape.saved(activation, call)
+            return self._as_it_is(tensor, key, call)
         return self._handle(tensor, activation, call)
 
     def unpack(self, packed: Handle | Saved) -> torch.Tensor:
@@ -110,9 +113,13 @@ class SavedTensors:
             self._graph_task = graph_task
             when_backward_ends(self._replayer.release_retained)
         packed.graph_task = graph_task
-        base = self._replayer.bring_back(activation, graph_task)
-        with at_recorded_level():
-            tensor = look(base, packed.window)
+        base = activation.base()
+        if base is None:
+            base = self._replayer.bring_back(activation, graph_task)
+        tensor = base
+        if not is_window(base, packed.window):
+            with at_recorded_level():
+                tensor = look(base, packed.window)
         if activation.retained and not activation.pending(graph_task):
             self._replayer.leave(activation)
         return tensor
@@ -130,17 +137,17 @@ class SavedTensors:
             recorder.tape.saved(activation, call)
         if self.checksums is not None:
             self.checksums.compare(activation, tensor, saved=True)
-        if activation.held is None and (
-            activation.op is None or activation.is_checkpoint or self._saved(activation, call)
-        ):
-            self.hold(activation, tensor)
+        wanted = activation.op is None or activation.is_checkpoint
+        if activation.held is None and (wanted or self._saved(activation, call)):
+            self._hold(activation, tensor, source)
         return handle
 
     def hold(self, activation: Activation, tensor: torch.Tensor) -> None:
         """Keep the bytes of an activation that `tensor` looks at. From outside of a dispatch only."""
-        if activation.held is not None:
-            return
-        source = activation.watched()
+        if activation.held is None:
+            self._hold(activation, tensor, activation.watched())
+
+    def _hold(self, activation: Activation, tensor: torch.Tensor, source: torch.Tensor | None) -> None:
         with without_dispatch_modes():
             activation.held = (tensor if source is None else source).detach()
         if source is None and not tensor.is_inference():

@@ -254,6 +254,9 @@ def missing_ops(target: Activation, most: int | None = None) -> Missing:
         if op.number in ops:
             continue
         ops[op.number] = op
+        for leaf, tensor, version in op.guards:
+            if not leaf.snapshot and tensor._version != version and missing.lost is None:
+                missing.lost = leaf, op
         for source in op.inputs:
             if id(source) in missing.bases:
                 continue

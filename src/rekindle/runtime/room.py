@@ -27,7 +27,8 @@ class Room:
     """Runs ops so that what they allocate fits.
 
     Attributes:
-        watches: whether memory is looked at before each op. If not, `run` only rescues.
+        watches: whether memory is looked at before each op. If not, `run` only measures.
+        hungry: names of the ops whose kernels were seen to take much more than what they return.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Room:
     ) -> None:
         """`budget` is the most bytes that may be live, None if only the levels of pressure count."""
         self.watches = watches
+        self.hungry: set[str] = set()
         self._ledger = ledger
         self._evictor = evictor
         self._pressure = pressure
@@ -67,20 +69,25 @@ class Room:
         Raises:
             BudgetInfeasible: even without everything that can go, the op does not fit.
         """
-        if not self.watches:
-            try:
-                return func(*args, **kwargs)
-            except torch.OutOfMemoryError as error:
-                return self._rescue(error, func, args, kwargs, random)
-        signature, need, measured = self._sizes.need(func, args, kwargs)
-        needed, guessed = (need.nbytes, 0) if need.sure else (need.results, need.temporaries)
-        if random is not None:
-            needed += _STATES * random[1].nbytes
-        self.make(needed, func, call, guessed)
+        signature = self._sizes.signature(func, args, kwargs)
+        need = self._sizes.measured(signature)
+        if self.watches:
+            expected = need or self._sizes.guess(signature, func, args, kwargs)
+            needed = expected.nbytes if expected.sure else expected.results
+            if random is not None:
+                needed += _STATES * random[1].nbytes
+            self.make(needed, func, call, 0 if expected.sure else expected.temporaries)
         try:
-            return func(*args, **kwargs) if measured else self._sizes.run(signature, func, args, kwargs)
+            if need is not None:
+                self._ledger.note(need.nbytes)
+                return func(*args, **kwargs)
+            result, need = self._sizes.measure(signature, func, args, kwargs)
         except torch.OutOfMemoryError as error:
-            return self._rescue(error, func, args, kwargs, random)
+            return self.rescue(error, func, args, kwargs, random)
+        self._ledger.note(need.nbytes)
+        if need.temporaries > _UNSEEN:
+            self.hungry.add(traits_of(func).name)
+        return result
 
     def make(self, nbytes: int, func: Any, call: ModuleCall, guessed: int = 0) -> None:
         """Make room for `nbytes`, and if it can be had for `guessed` more that may be wanted.
@@ -132,7 +139,7 @@ class Room:
         policy = EvictionPolicy.ALWAYS_SAFE if level is Level.MEDIUM else EvictionPolicy.AGGRESSIVE
         self._evictor.sweep_to_target(max(0, self._ledger.live_nbytes - excess), policy)
 
-    def _rescue(
+    def rescue(
         self,
         error: torch.OutOfMemoryError,
         func: Any,
@@ -140,7 +147,11 @@ class Room:
         kwargs: dict[str, Any],
         random: tuple[torch.Generator, torch.Tensor] | None,
     ) -> Any:
-        """Sweep and try again, unless the op may have done half of its work already."""
+        """Try an op again that ran out of memory, after an aggressive sweep; not if it may have done half of its work.
+
+        Raises:
+            torch.OutOfMemoryError: `error` itself, if it does not help.
+        """
         traits = traits_of(func)
         if traits.writes or traits.stats is not None or (traits.random and random is None):
             raise error

@@ -20,7 +20,7 @@ from rekindle.record.aliasing import Ledger
 from rekindle.record.modules import ModuleStack
 from rekindle.record.recorder import Recorder
 from rekindle.record.tape import Tape
-from rekindle.record.torch_private import in_func_transform
+from rekindle.record.torch_private import hooks_refused, in_func_transform
 from rekindle.runtime.checksums import Checksums
 from rekindle.runtime.decide import Decisions
 from rekindle.runtime.eviction import Eviction, EvictionPolicy, Evictor, Sweep
@@ -103,14 +103,14 @@ class Session:
             session = me()
             return session._step if session is not None else Stats()
 
-        def count_leaves(module: torch.nn.Module) -> None:
+        def on_root(module: torch.nn.Module) -> None:
             session = me()
             if session is not None:
-                session._count_leaves(module)
+                session._meet(module)
 
         ledger = self._ledger = Ledger(on_death)
         watches = self.memory_budget is not None or pressure is not None
-        self.modules = ModuleStack(count_leaves if watches else None)
+        self.modules = ModuleStack(on_root if watches else None)
         self._pressure = (
             Pressure(default_reader(lambda: ledger.total_nbytes, self.memory_budget)) if pressure is None else pressure
         )
@@ -134,10 +134,16 @@ class Session:
 
     def __enter__(self) -> Session:
         self._check_enter()
-        self._begin_step()
-        if self._rests():
-            self._thread = threading.get_ident()
-            return self
+        try:
+            self._begin_step()
+            if not self._rests():
+                self._open()
+        except BaseException:
+            self._thread = None
+            raise
+        return self
+
+    def _open(self) -> None:
         self._recorder.keeper = self._decisions = self._new_decisions()
         self._recorder.tape = Tape() if self._record_next else None
         with ExitStack() as stack:
@@ -148,8 +154,6 @@ class Session:
             )
             stack.enter_context(self._recorder)
             self._stack = stack.pop_all()
-        self._thread = threading.get_ident()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -174,22 +178,28 @@ class Session:
             ) from error
 
     def _check_enter(self) -> None:
-        if self._thread is not None:
-            where = "this thread" if self._thread == threading.get_ident() else "another thread"
-            raise SessionError(
-                f"the session is already entered, on {where}. Leave the first `with` block before, or make a "
-                "rekindle.Session for each thread."
-            )
         if in_func_transform():
             raise UnsupportedContext(
                 "a session cannot be entered inside a torch.func transform, which refuses saved-tensor hooks. Use "
                 "torch.autograd.grad instead of the transform."
+            )
+        if (refused := hooks_refused()) is not None:
+            raise UnsupportedContext(
+                f"a session cannot be entered where saved-tensor hooks are disabled: {refused} Enter it outside of "
+                "torch.autograd.graph.disable_saved_tensors_hooks."
             )
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise UnsupportedContext(
                 "a session cannot be entered while a CUDA graph is captured: a captured graph cannot contain "
                 "evictions. Capture without the session."
             )
+        if self._thread is not None:
+            where = "this thread" if self._thread == threading.get_ident() else "another thread"
+            raise SessionError(
+                f"the session is already entered, on {where}. Leave the first `with` block before, or make a "
+                "rekindle.Session for each thread."
+            )
+        self._thread = threading.get_ident()
 
     def _begin_step(self) -> None:
         self._close_step()
@@ -223,8 +233,8 @@ class Session:
         """Whether nothing has to be recorded in this step: all is kept, and nobody asked for more."""
         return isinstance(self.policy, KeepAll) and self._may_rest and not self._record_next and not self._marks
 
-    def _count_leaves(self, module: torch.nn.Module) -> None:
-        """Know the bytes of parameters, gradients and buffers before the first op, not when it reads them."""
+    def _meet(self, module: torch.nn.Module) -> None:
+        """Know the bytes of parameters, gradients and buffers before an op reads them."""
         for tensor in (*module.parameters(), *module.buffers()):
             self._ledger.track_leaf(tensor)
             if tensor.grad is not None:

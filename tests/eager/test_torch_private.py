@@ -1,0 +1,485 @@
+"""Each fact about PyTorch that `record/torch_private.py` states, checked against the PyTorch that is installed.
+
+A new PyTorch that breaks one of them fails here first, with the name of the fact.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helpers import small_batch
+from rekindle.record import torch_private
+from rekindle.record.aliasing import Ledger, window_of
+from rekindle.record.recorder import Recorder
+from rekindle.record.torch_private import (
+    alias,
+    at_recorded_level,
+    current_graph_task,
+    current_node,
+    hooks_refused,
+    in_func_transform,
+    never_compile,
+    when_backward_ends,
+    without_dispatch_modes,
+)
+from watch import modes
+
+
+class Watch(TorchDispatchMode):
+    """Calls a function with the result of each op, from inside the handler."""
+
+    def __init__(self, look: Callable[[Any, Any], None]) -> None:
+        super().__init__()
+        self.look = look
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.look(func, result)
+        return result
+
+
+class Names(Watch):
+    """Collects the names of the ops."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        super().__init__(lambda func, result: self.names.append(func.overloadpacket.__name__))
+
+
+# -- version counters --------------------------------------------------------------------------------------------------
+
+
+def made_inside(make: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """A tensor, and what `make` makes of it inside the handler of an op that reads it."""
+    found: list[Tensor] = []
+    tensor = torch.ones(3)
+    with Watch(lambda func, result: found.append(make(tensor))):
+        tensor.neg()
+    return tensor, found[0]
+
+
+def test_detach_in_a_handler_has_its_own_version():
+    """The reason for `alias`: a plain `detach` in a handler does not see the writes that come after."""
+    tensor, detached = made_inside(Tensor.detach)
+    assert detached.data_ptr() == tensor.data_ptr()
+    tensor.add_(1)
+    assert (tensor._version, detached._version) == (1, 0)
+
+
+def test_alias_shares_the_version():
+    """`alias` makes a detached alias that counts the same writes, both ways."""
+    tensor, other = made_inside(alias)
+    assert other.data_ptr() == tensor.data_ptr()
+    assert not other.requires_grad
+    tensor.add_(1)
+    other.add_(1)
+    assert tensor._version == other._version == 2
+
+
+def test_alias_works_outside_of_a_handler():
+    """`mark` calls it there."""
+    tensor = torch.ones(3, requires_grad=True)
+    other = alias(tensor)
+    with torch.no_grad():
+        tensor.add_(1)
+    assert other._version == tensor._version == 1
+    assert not other.requires_grad
+
+
+def test_detach_without_modes_shares_the_version():
+    """`without_dispatch_modes` hides a block from modes, and aliases made in it share their version counter."""
+    with Names() as mode:
+        tensor = torch.ones(3)
+        with without_dispatch_modes():
+            other = tensor.detach()
+            torch.zeros(3)
+        tensor.add_(1)
+    assert other._version == tensor._version == 1
+    assert mode.names == ["ones", "add_"]
+
+
+def test_version_of_an_op_that_writes():
+    """The version of what an in-place op wrote goes up after its handler has returned, so `first_read` must wait."""
+    versions: list[int] = []
+    tensor = torch.ones(3)
+    with Watch(lambda func, result: versions.append(tensor._version)):
+        tensor.add_(1)
+    assert versions == [0]
+    assert tensor._version == 1
+
+
+def test_data_has_its_own_version():
+    """A write through `.data` is invisible to the version counter: only the recorder sees it."""
+    tensor = torch.ones(3)
+    tensor.data.add_(1)
+    assert tensor._version == 0
+
+
+def test_increment_version():
+    """The public way to count a write by hand reaches all that share the counter, and no `.data`."""
+    tensor = torch.ones(3)
+    view, data = tensor[1:], tensor.data
+    torch.autograd.graph.increment_version(view)
+    assert (tensor._version, view._version, data._version) == (1, 1, 0)
+
+
+# -- dispatch level ----------------------------------------------------------------------------------------------------
+
+
+def recorded_ops(block: Callable[[], object]) -> list[str]:
+    """The ops of a block as a mode sees them."""
+    with Names() as mode:
+        block()
+    return mode.names
+
+
+def test_recorded_level_is_below_modes():
+    """At the recorded level no mode sees anything."""
+    x = torch.ones(3)
+
+    def repeat() -> None:
+        with at_recorded_level():
+            torch.ops.aten.add.Tensor(x, x)
+
+    torch_private._LEVEL.clear()  # nor how the level is found
+    assert recorded_ops(repeat) == []
+
+
+def test_recorded_level_is_below_autograd():
+    """At the recorded level nothing is recorded for a backward pass."""
+    x = torch.ones(3, requires_grad=True)
+    with at_recorded_level():
+        y = torch.ops.aten.mul.Tensor(x, x)
+    assert y.grad_fn is None
+    assert torch.ops.aten.mul.Tensor(x, x).grad_fn is not None
+
+
+def test_recorded_level_is_below_autocast():
+    """At the recorded level autocast casts nothing: what was cast in the forward pass is recorded cast."""
+    x = torch.ones(3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.ops.aten.mm.default(x, x).dtype == torch.bfloat16
+        with at_recorded_level():
+            assert torch.ops.aten.mm.default(x, x).dtype == torch.float32
+        assert torch.ops.aten.mm.default(x, x).dtype == torch.bfloat16
+
+
+def test_recorded_level_is_that_of_a_handler():
+    """The dispatcher's state at the recorded level is the one that a handler is called with."""
+    levels: list[tuple[str, str]] = []
+
+    def note(func: Any, result: Any) -> None:
+        included = torch._C._dispatch_tls_local_include_set()
+        excluded = torch._C._dispatch_tls_local_exclude_set()
+        levels.append((str(included), str(excluded)))
+
+    with torch.no_grad(), Watch(note):
+        torch.empty(0)
+    torch_private._LEVEL.clear()
+    with at_recorded_level():
+        included = torch._C._dispatch_tls_local_include_set()
+        excluded = torch._C._dispatch_tls_local_exclude_set()
+    assert levels == [(str(included), str(excluded))]
+
+
+def test_recorded_level_can_be_found_inside_a_mode():
+    """The level is the same whether it is looked up with no mode active, inside one, or under autocast."""
+    found = []
+    for context in (torch.no_grad(), Names(), torch.autocast("cpu"), torch.enable_grad()):
+        torch_private._LEVEL.clear()
+        with context, at_recorded_level():
+            included = torch._C._dispatch_tls_local_include_set()
+            excluded = torch._C._dispatch_tls_local_exclude_set()
+            found.append((str(included), str(excluded)))
+    assert len(set(found)) == 1
+
+
+def test_recorded_level_ends_with_its_block():
+    """After the block autograd, autocast and modes work as before, also after an exception in it."""
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match="mine"), at_recorded_level():
+        raise ValueError("mine")
+    assert (x * x).grad_fn is not None
+    assert recorded_ops(lambda: x * x) == ["mul"]
+
+
+def test_same_bits_at_the_recorded_level():
+    """A kernel called there gives the bits that it gave in the forward pass, for composite calls too."""
+    x, w = small_batch(0), small_batch(1, 64)
+    expected = torch.nn.functional.linear(x, w)
+    with at_recorded_level():
+        assert torch.equal(torch.ops.aten.mm.default(x, w.t()), expected)
+
+
+# -- dynamo ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_never_compile(marked):
+    """Dynamo stays out of a marked function and of all that it calls, though it would compile it otherwise."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def inner(x: Tensor) -> Tensor:
+        return x.sin() + 1
+
+    def outer(x: Tensor) -> Tensor:
+        return inner(x)
+
+    if marked:
+        never_compile(outer)
+    torch.compile(outer, backend=backend)(torch.ones(3))
+    torch.compiler.reset()
+    assert len(graphs) == (0 if marked else 1)
+
+
+def test_handlers_need_not_be_wrapped():
+    """`TorchDispatchMode` wraps the handler of a class in `torch._dynamo.disable`, unless the class declines."""
+
+    class Declines(Names):
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    class Accepts(Names):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    assert not hasattr(Declines.__torch_dispatch__, "__wrapped__")
+    assert hasattr(Accepts.__torch_dispatch__, "__wrapped__")
+    assert not hasattr(Recorder.__torch_dispatch__, "__wrapped__")
+
+
+# -- the engine --------------------------------------------------------------------------------------------------------
+
+
+def in_backward(block: Callable[[], object], x: Tensor | None = None) -> Tensor:
+    """A tensor in whose backward pass `block` runs."""
+    x = torch.ones(3, requires_grad=True) if x is None else x
+    y = x * 2
+    y.register_hook(lambda grad: block() and None)
+    return y.sum()
+
+
+def test_graph_tasks_have_numbers():
+    """A backward pass has one number from begin to end, another one than any before; outside of one it is -1."""
+    numbers: list[int] = []
+    assert current_graph_task() == -1
+    for _ in range(2):
+        x = torch.ones(3, requires_grad=True)
+        y = x * 2
+        for tensor in (y, x):
+            tensor.register_hook(lambda grad: numbers.append(current_graph_task()))
+        y.sum().backward()
+    assert numbers[0] == numbers[1] != numbers[2] == numbers[3]
+    assert -1 not in numbers
+    assert current_graph_task() == -1
+
+
+def test_nested_graph_tasks():
+    """A backward pass inside a backward pass has a number of its own, and the outer one gets its back."""
+    numbers: list[int] = []
+
+    def nested() -> None:
+        numbers.append(current_graph_task())
+        with torch.enable_grad():
+            in_backward(lambda: numbers.append(current_graph_task())).backward()
+        numbers.append(current_graph_task())
+
+    in_backward(nested).backward()
+    outer, inner, again = numbers
+    assert outer == again != inner
+
+
+def test_when_backward_ends():
+    """The callback comes once, after the last hook of the pass it was queued in, and not in the next."""
+    events: list[str] = []
+    x = torch.ones(3, requires_grad=True)
+    x.register_hook(lambda grad: events.append("leaf"))
+    in_backward(lambda: when_backward_ends(lambda: events.append("end")), x).backward()
+    assert events == ["leaf", "end"]
+    (x * 2).sum().backward()
+    assert events == ["leaf", "end", "leaf"]
+
+
+def test_when_a_backward_fails():
+    """It does not come if the pass raises."""
+    events: list[str] = []
+
+    def fail() -> None:
+        when_backward_ends(lambda: events.append("end"))
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        in_backward(fail).backward()
+    assert events == []
+    (torch.ones(3, requires_grad=True) * 2).sum().backward()
+    assert events == []
+
+
+def test_callbacks_run_where_modes_are():
+    """A mode that is active around `backward()` is active in unpack hooks and in the end's callbacks too."""
+    seen: list[int] = []
+    x = torch.ones(3, requires_grad=True)
+
+    def unpack(tensor: Tensor) -> Tensor:
+        seen.append(modes())
+        when_backward_ends(lambda: seen.append(modes()))
+        return tensor
+
+    with Names(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        x.sin().sum().backward()
+    assert seen == [1, 1]
+
+
+def test_nodes_have_numbers():
+    """The engine names the node that runs: the same for all it unpacks, another for the next; -1 outside."""
+    numbers: list[int] = []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        numbers.append(current_node())
+        return tensor
+
+    x, y = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        ((x * y).sin()).sum().backward()
+    sine, *product = numbers
+    assert len(product) == 2
+    assert product[0] == product[1] != sine
+    assert -1 not in numbers
+    assert current_node() == -1
+
+
+def test_unpacked_tensors_are_rewrapped():
+    """Autograd wraps what an unpack hook returns anew: the returned tensor itself may die while its bytes live."""
+    died: list[bool] = []
+    x = torch.ones(3, requires_grad=True)
+
+    def unpack(tensor: Tensor) -> Tensor:
+        result = tensor.clone()
+        died.append(False)
+        weakref.finalize(result, lambda: died.__setitem__(0, True)).atexit = False
+        return result
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        x.sin().sum().backward()
+    assert died == [True]
+
+
+# -- torch.func --------------------------------------------------------------------------------------------------------
+
+
+def test_in_func_transform():
+    """A transform of `torch.func` is seen from inside, in all its kinds, and is over when it is over."""
+    seen: list[bool] = []
+
+    def f(x: Tensor) -> Tensor:
+        seen.append(in_func_transform())
+        return x.square().sum()
+
+    assert not in_func_transform()
+    torch.func.grad(f)(torch.ones(3))
+    torch.func.vmap(f)(torch.ones(3, 3))
+    torch.func.vmap(torch.func.grad(f))(torch.ones(3, 3))
+    assert seen == [True, True, True]
+    assert not in_func_transform()
+
+
+def test_transforms_refuse_hooks_by_a_known_message():
+    """The session recognises the refusal by its words."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with pytest.raises(RuntimeError, match=r"torch\.func.*saved tensor hooks"), hooks:
+        torch.func.grad(lambda x: x.square().sum())(torch.ones(3))
+
+
+def test_hooks_refused():
+    """Where hooks are disabled the reason can be read, and entering hooks raises it."""
+    assert hooks_refused() is None
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.autograd.graph.disable_saved_tensors_hooks("mine"):
+        assert hooks_refused() == "mine"
+        with pytest.raises(RuntimeError, match="mine"), hooks:
+            pass
+    assert hooks_refused() is None
+
+
+# -- storages and weak references --------------------------------------------------------------------------------------
+
+
+def test_storages_are_one_object():
+    """A storage is the same Python object each time while it lives, so it can be referred to weakly."""
+    tensor = torch.ones(3)
+    storage = weakref.ref(tensor.untyped_storage())
+    key = tensor.untyped_storage()._cdata
+    assert storage() is tensor.untyped_storage() is tensor[1:].untyped_storage()
+    assert tensor.t().detach().untyped_storage()._cdata == key
+    view = tensor[1:]
+    del tensor
+    assert storage() is not None
+    del view
+    assert storage() is None
+
+
+def test_tensors_survive_in_autograd():
+    """A tensor that only autograd's C++ side holds is still the same Python object, so a weak reference finds it."""
+    x = torch.ones(3, requires_grad=True)
+    y = x.exp()
+    key, found = id(y), weakref.ref(y)
+    z = y.sin()
+    del y
+    alive = found()
+    assert alive is None or id(alive) == key
+    del z
+
+
+def test_death_of_a_storage_is_told_at_once():
+    """The ledger counts bytes down at the moment the last tensor on a storage goes."""
+    ledger = Ledger(lambda activation, nbytes: None)
+    tensor = torch.ones(4)
+    ledger.track(tensor.untyped_storage(), None, tensor.nbytes)
+    view = tensor[1:]
+    del tensor
+    assert ledger.live_nbytes == 16
+    del view
+    assert ledger.live_nbytes == 0
+    assert not ledger.storages
+
+
+def test_windows():
+    """A window tells of lazy conjugation and negation, which share the storage."""
+    tensor = torch.ones(2, 3, dtype=torch.complex64)
+    assert len(window_of(tensor)) == 4
+    assert window_of(tensor.conj())[4:] == (True, False)
+    assert window_of(tensor.conj().imag)[4:] == (False, True)
+    assert tensor.conj().untyped_storage()._cdata == tensor.untyped_storage()._cdata
+
+
+def test_sparse_has_no_storage():
+    """Tensors without a storage raise one of two errors, which is how the recorder knows them."""
+    for tensor in (torch.eye(3).to_sparse(), torch.eye(3).to_mkldnn()):
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            tensor.untyped_storage()
+
+
+def test_hooks_follow_only_their_thread():
+    """Modes and saved-tensor hooks belong to the thread that entered them."""
+    seen: list[int] = []
+    with Names():
+        thread = threading.Thread(target=lambda: seen.append(modes()))
+        thread.start()
+        thread.join()
+    assert seen == [0]
