@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import rekindle
 from helpers import same_bits, small_batch
+from rekindle.record.schema import KNOWN
 from rekindle.runtime.room import Room
 from rekindle.runtime.snapshots import Snapshots
 
@@ -48,8 +50,9 @@ class Failing:
 
 
 @pytest.fixture
-def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Failing]:
+def fail(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Failing]]:
     """`fail(func, times)` makes an op run out of memory."""
+    made: list[Failing] = []
 
     def make(func: Any, times: int, draws: bool = False) -> Failing:
         failing = Failing(func, times, draws)
@@ -59,9 +62,14 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Failing]:
             return run(self, failing if called is func else called, args, kwargs, call, random)
 
         monkeypatch.setattr(Room, "run", spy)
+        made.append(failing)
         return failing
 
-    return make
+    yield make
+    for failing in made:
+        KNOWN.pop(failing, None)
+        failing.error.__traceback__ = None  # it holds the frames of the step
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -67,28 +67,25 @@ class Sizes:
         return self._measured.get(signature)
 
     def guess(self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Need:
-        """What an op is going to need that was never measured."""
+        """What an op is going to need."""
         guess = self._guessed.get(signature)
         if guess is None:
             guess = _guess(func, args, kwargs)
             _put(self._guessed, signature, guess)
         return guess
 
-    def measure(
-        self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> tuple[Any, Need | None]:
-        """Run the op and remember what it needed. Returns its result and that; None if it could not be measured."""
-        if _by_data(func, args) or not _can_measure(args, kwargs):
-            return func(*args, **kwargs), None
+    def measure(self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Need]:
+        """Run the op and remember what it needed. Returns its result and that; nothing if it could not be measured."""
+        if not _can_measure(args, kwargs):
+            return func(*args, **kwargs), Need(0, 0)
         with AllocatorWatch() as watch:
             result = func(*args, **kwargs)
-        if watch.worked:
-            results = max(0, watch.nbytes)
-            need = Need(results, watch.peak_nbytes - results)
+        results = max(0, watch.nbytes)
+        need = Need(results, watch.peak_nbytes - results)
+        if watch.worked and not _by_data(func, args):
             _put(self._measured, signature, need)
             self._guessed.pop(signature, None)
-            return result, need
-        return result, None
+        return result, need
 
 
 def _put(table: dict[Any, Need], signature: Any, need: Need) -> None:

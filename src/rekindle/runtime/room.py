@@ -80,10 +80,10 @@ class Room:
         need = self._sizes.measured(signature)
         if self.watches:
             expected = need or self._sizes.guess(signature, func, args, kwargs)
-            needed, guessed = (expected.nbytes, 0) if expected.sure else (expected.results, expected.temporaries)
+            needed = expected.nbytes if expected.sure else expected.results
             if random is not None:
                 needed += _STATES * random[1].nbytes
-            self.make(needed, func, call, guessed)
+            self.make(needed, func, call, 0 if expected.sure else expected.temporaries)
         try:
             if need is not None:
                 self._ledger.note(need.nbytes)
@@ -91,10 +91,9 @@ class Room:
             result, need = self._sizes.measure(signature, func, args, kwargs)
         except torch.OutOfMemoryError as error:
             return self.rescue(error, func, args, kwargs, random)
-        if need is not None:
-            self._ledger.note(need.nbytes)
-            if need.temporaries > _UNSEEN:
-                self.hungry.add(traits_of(func).name)
+        self._ledger.note(need.nbytes)
+        if need.temporaries > _UNSEEN:
+            self.hungry.add(traits_of(func).name)
         return result
 
     def make(self, nbytes: int, func: Any, call: ModuleCall, guessed: int = 0) -> None:
