@@ -307,17 +307,8 @@ def measured(net: str, policy: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("net", ["mlp", "gpt"])
+@pytest.mark.parametrize("net", NETS)
 def test_peak_agrees_with_the_allocator(net, policy):
-    """Rekindle's peak is within 2% of what the allocator's own events say."""
+    """Rekindle's peak is within 2% of what the allocator's own events say, temporaries of kernels included."""
     ours, allocated = measured(net, policy)
     assert abs(ours - allocated) <= 0.02 * allocated, f"{ours} and {allocated} bytes"
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("net", ["lstm", "unet"])
-def test_peak_misses_only_temporaries_of_kernels(net, policy):
-    """Buffers that a kernel makes and frees inside reach no recorder: Rekindle's peak is never above the allocator's.
-    In convolutions and recurrent layers of this size they are a large part of it."""
-    ours, allocated = measured(net, policy)
-    assert 0.7 * allocated <= ours <= 1.001 * allocated, f"{ours} and {allocated} bytes"

@@ -16,47 +16,32 @@ import rekindle
 
 Make = Callable[[], peers.Workload]
 
-# How far Rekindle's own count may be from the allocator's. Convolutions reorder weights and images in temporaries of
-# their kernels, which the count cannot see: a large part of a small ResNet's peak, three percent of ResNet-50's.
-EXACT, REORDERS, REORDERS_SMALL = 0.02, 0.04, 0.25
-
 # Each random op keeps the state of its generator, PyTorch one state for each block: nothing beside the activations of a
 # model in full size, but a percent of a small one with dropout.
 STATE_NBYTES = torch.get_rng_state().nbytes + 64
 
 
 @pytest.mark.parametrize(
-    ("make", "off"),
+    "make",
     [
-        pytest.param(lambda: peers.gpt2(layers=4, width=128, heads=4, length=128, vocabulary=512), EXACT, id="gpt2"),
-        pytest.param(lambda: peers.llama(layers=4, width=128, heads=4, length=128, vocabulary=512), EXACT, id="llama"),
-        pytest.param(
-            lambda: peers.resnet(layers=(1, 2, 2, 1), width=16, classes=10, batch=4, size=64),
-            REORDERS_SMALL,
-            id="resnet",
-        ),
+        pytest.param(lambda: peers.gpt2(layers=4, width=128, heads=4, length=128, vocabulary=512), id="gpt2"),
+        pytest.param(lambda: peers.llama(layers=4, width=128, heads=4, length=128, vocabulary=512), id="llama"),
+        pytest.param(lambda: peers.resnet(layers=(1, 2, 2, 1), width=16, classes=10, batch=4, size=64), id="resnet"),
     ],
 )
-def test_small_model(make: Make, off: float) -> None:
+def test_small_model(make: Make) -> None:
     """Less than plain, no more than PyTorch's own checkpoints, the same bits, and Rekindle's own count is right."""
-    check(make(), off, states=True)
+    check(make(), states=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("make", "off"),
-    [
-        pytest.param(peers.gpt2, EXACT, id="gpt2"),
-        pytest.param(peers.llama, EXACT, id="llama"),
-        pytest.param(peers.resnet, REORDERS, id="resnet50"),
-    ],
-)
-def test_full_model(make: Make, off: float) -> None:
+@pytest.mark.parametrize("make", [peers.gpt2, peers.llama, peers.resnet], ids=["gpt2", "llama", "resnet50"])
+def test_full_model(make: Make) -> None:
     """The same for the models of the benchmark in full size."""
-    check(make(), off)
+    check(make())
 
 
-def check(workload: peers.Workload, off: float, states: bool = False) -> None:
+def check(workload: peers.Workload, states: bool = False) -> None:
     """Compare the three ways to run a step of `workload`."""
     session = rekindle.Session(policy=rekindle.PerModule(workload.block))
     expected = workload.outcome(nullcontext())
@@ -69,5 +54,4 @@ def check(workload: peers.Workload, off: float, states: bool = False) -> None:
     random = sum(op.random for op in session.graph.forward) if states else 0
     assert ours <= peer + random * STATE_NBYTES
     assert peer < plain
-    assert session.last_step.peak_nbytes == pytest.approx(ours, rel=off)
-    assert session.last_step.peak_nbytes <= ours
+    assert session.last_step.peak_nbytes == pytest.approx(ours, rel=0.02)

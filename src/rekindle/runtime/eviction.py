@@ -77,11 +77,14 @@ class Sweep:
 class Evictor:
     """Evicts activations that Rekindle itself holds. What user code or a running op still looks at stays alive."""
 
-    def __init__(self, ledger: Ledger, stats: Callable[[], Stats], now: Callable[[], int]) -> None:
-        """`stats()` is where to count, `now()` the number of the last recorded op."""
+    def __init__(
+        self, ledger: Ledger, stats: Callable[[], Stats], now: Callable[[], int], clean: Callable[[], int]
+    ) -> None:
+        """`stats()` is where to count, `now()` the number of the last recorded op, `clean()` drops stale snapshots."""
         self._ledger = ledger
         self._stats = stats
         self._now = now
+        self._clean = clean
 
     def try_evict(self, activation: Activation, policy: EvictionPolicy = EvictionPolicy.ALWAYS_SAFE) -> Eviction:
         """Evict one activation, if `policy` allows it and it can be recomputed."""
@@ -112,8 +115,8 @@ class Evictor:
     def free(self, target: int, wish: int) -> None:
         """Evict until at most `target` bytes are live, and while at it, of what is no checkpoint, until at most `wish`
         are: the next round is the later for it."""
-        stats = self._stats()
-        stats.sweeps += 1
+        self._stats().sweeps += 1
+        self._clean()
         for group, enough in zip(self._groups(), (wish, target, target), strict=True):
             for activation in self._by_score(group):
                 if self._ledger.live_nbytes <= enough:
@@ -139,9 +142,9 @@ class Evictor:
         return "; ".join(f"{format_bytes(nbytes)} {what}" for nbytes, what in left[:most]) or "nothing"
 
     def _sweep(self, target: int, policy: EvictionPolicy, order: Iterator[Activation]) -> Sweep:
-        stats = self._stats()
-        stats.sweeps += 1
+        self._stats().sweeps += 1
         before = self._ledger.live_nbytes
+        self._clean()
         evicted = checkpoints = 0
         for activation in order:
             if self._ledger.live_nbytes <= target:

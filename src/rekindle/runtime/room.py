@@ -18,6 +18,7 @@ from rekindle.runtime.pressure import Level, Pressure
 from rekindle.runtime.stats import Stats
 
 _RESCUES = 2
+_SMALL = 1 << 12  # bytes; an op whose kernel never takes more for itself is not worth measuring in each step
 _UNSEEN = 1 << 16  # bytes kept back for what is too small to be recorded: scalars, states of random generators
 _STATES = 2  # copies of a generator's state around an op that draws: what it was, and what it is
 _SLACK = 64  # each round of evictions frees this fraction of the budget more than it must, so that rounds are few
@@ -92,7 +93,7 @@ class Room:
         except torch.OutOfMemoryError as error:
             return self.rescue(error, func, args, kwargs, random)
         self._ledger.note(need.nbytes)
-        if need.temporaries > _UNSEEN:
+        if need.temporaries > _SMALL:
             self.hungry.add(traits_of(func).name)
         return result
 

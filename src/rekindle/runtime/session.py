@@ -114,7 +114,7 @@ class Session:
         self._pressure = (
             Pressure(default_reader(lambda: ledger.total_nbytes, self.memory_budget)) if pressure is None else pressure
         )
-        self._evictor = Evictor(ledger, stats, lambda: self._recorder.number)
+        self._evictor = Evictor(ledger, stats, lambda: self._recorder.number, lambda: self.snapshots.cleanup_stale())
         room = self._room = Room(ledger, self._evictor, self._pressure, self.memory_budget, watches, stats)
         self.snapshots = Snapshots(ledger, room, stats)
         self._replayer = Replayer(ledger, room, stats, self.modules.name_of)
