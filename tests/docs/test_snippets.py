@@ -7,6 +7,7 @@ block of Python is its output.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import re
 from pathlib import Path
@@ -38,6 +39,8 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             exec(code, namespace)
         if block["output"] is not None:
             assert printed.getvalue() == block["output"], f"line {line + 1} of {page.name} prints something else"
+    namespace.clear()
+    gc.collect()  # sessions and what pages keep of them; other tests count what is alive
 
 
 @pages

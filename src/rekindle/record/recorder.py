@@ -4,116 +4,39 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rekindle.record.activation import Activation, Guard, Op, Ref, Scratch
-from rekindle.record.aliasing import Ledger, Tracked, Window, covers, disjoint, window_of
+from rekindle.record.aliasing import Ledger, Tracked, covers, window_of
 from rekindle.record.modules import ModuleCall, ModuleStack
 from rekindle.record.schema import KNOWN, Traits, trains, traits_of, why_opaque
+from rekindle.record.seams import Checksums, Keeper, Room
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import alias, current_graph_task, never_compile, when_backward_ends
+from rekindle.record.writes import (
+    Write,
+    count_no_write,
+    count_writes,
+    listed_targets,
+    read_instead,
+    seen_handles,
+    spare,
+    tensors_in,
+    watch_of,
+    written_tensors,
+)
 
 LEAF = "a leaf"
 SMALL = "too small to be worth a decision"
 UNINITIALISED = "from an empty tensor that no recorded op has filled"
 OVERWRITTEN_LEAF = "from an op that writes over what it reads, which nothing could bring back"
 _OPS_BETWEEN_CUTS = 4096
-_UNCOUNTED = ("aten._fused_", "aten._amp_")  # ops that write to lists and never count it
 
 Tensor = torch.Tensor
-
-
-class Keeper(Protocol):
-    """Who decides what is kept, asked as the step runs."""
-
-    makes: bool
-    reads: bool
-
-    def made(self, name: str, call: ModuleCall) -> bool:
-        """Whether a new evictable activation becomes a checkpoint. Asked only if `makes`."""
-
-    def read(self, made_in: ModuleCall, read_in: ModuleCall) -> bool:
-        """Whether an activation becomes a checkpoint because this call reads it. Asked only if `reads`."""
-
-    def before_write(self, activation: Activation, by: Op | None, saved: bool) -> None:
-        """Called before an op writes over an activation, so that what is still needed of it can be saved. `saved` says
-        that autograd will ask for what is there now."""
-
-
-class Room(Protocol):
-    """Who runs ops so that what they allocate fits."""
-
-    watches: bool
-    measures: bool
-    hungry: set[str]
-
-    def rescue(
-        self,
-        error: torch.OutOfMemoryError,
-        func: Any,
-        args: Any,
-        kwargs: dict[str, Any],
-        random: tuple[torch.Generator, Tensor] | None,
-    ) -> Any:
-        """Try an op again that ran out of memory, after making what room there is."""
-
-    def run(
-        self,
-        func: Any,
-        args: Any,
-        kwargs: dict[str, Any],
-        call: ModuleCall,
-        random: tuple[torch.Generator, Tensor] | None = None,
-    ) -> Any:
-        """Run an op, after making room for what it allocates."""
-
-    def make(self, nbytes: int, func: Any, call: ModuleCall) -> None:
-        """Make room for bytes that are allocated on behalf of an op."""
-
-
-class Checksums(Protocol):
-    """Who remembers what the bytes of activations were."""
-
-    def take(self, activation: Activation, tensor: Tensor) -> None:
-        """Remember what the bytes are now."""
-
-    def compare(self, activation: Activation, tensor: Tensor, *, saved: bool = False) -> None:
-        """See that the bytes are what they were."""
-
-
-class _Write:
-    """One storage that an op writes.
-
-    Attributes:
-        old: what it holds before.
-        tensors: through which it is written.
-        key: its address.
-        whole: the op overwrites all of it, without reading it.
-        watch: the tensor through which `old` is known.
-        handles: what autograd saved of `old`.
-        doomed: those of them that the write destroys in the sight of autograd, if it asks.
-        spared: the ops that read of `old` only what the write does not touch, if `old` is a leaf.
-        intact: nobody has written to it yet where the recorder could not see.
-    """
-
-    __slots__ = ("doomed", "handles", "intact", "key", "old", "spared", "tensors", "watch", "whole")
-
-    def __init__(self, old: Activation, tensor: Tensor, whole: bool) -> None:
-        self.old, self.tensors, self.whole = old, [tensor], whole
-        self.key = tensor.untyped_storage()._cdata
-        self.watch = _watch(old)
-        self.handles = list(old.live_handles())
-        self.doomed: list[Any] = []
-        self.spared: list[Op] = []
-        self.intact = not old.changed()
-
-    def touches(self, window: Window) -> bool:
-        """Whether it may write bytes that `window` looks at."""
-        return not all(disjoint(window, window_of(tensor)) for tensor in self.tensors)
 
 
 class Recorder(TorchDispatchMode):
@@ -242,8 +165,8 @@ class Recorder(TorchDispatchMode):
         op.inputs, op.outputs = [], []
         self._ask_reads = self.keeper.reads and not backward  # backward ops run outside of all modules
         opaque = traits.opaque or (why_opaque(func, args, kwargs) if traits.check else "")
-        written: list[_Write] = []
-        past: list[_Write] = []
+        written: list[Write] = []
+        past: list[Write] = []
         me = weakref.ref(op)
         try:
             if traits.plain:
@@ -266,7 +189,7 @@ class Recorder(TorchDispatchMode):
                 self._before_write(write, op)
 
         start = time.perf_counter()
-        lists = _lists(traits, args, kwargs) if written else ()
+        lists = listed_targets(traits, args, kwargs) if written else ()
         try:
             result = self._run(func, traits, args, kwargs, call, op.random)
         except BaseException:
@@ -274,7 +197,7 @@ class Recorder(TorchDispatchMode):
             raise
         op.seconds = time.perf_counter() - start
         if lists:
-            _count_writes(lists)
+            count_writes(lists)
         if op.random is not None:
             self._keep_random(op, *op.random)
 
@@ -286,7 +209,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(result, Tensor):
             op.outputs.append(self._output(op, traits, opaque, result, call, made))
         elif result is not None:
-            for tensor in _tensors(result):
+            for tensor in tensors_in(result):
                 op.outputs.append(self._output(op, traits, opaque, tensor, call, made))
         if self.checksums is not None:
             for activation in made:
@@ -313,7 +236,7 @@ class Recorder(TorchDispatchMode):
         traits: Traits,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        written: list[_Write],
+        written: list[Write],
     ) -> tuple[list[Any], dict[str, Any]]:
         """The arguments with every tensor replaced, for the ops that write, take lists or have keyword arguments."""
         positions = {position for position, _ in traits.writes}
@@ -336,7 +259,7 @@ class Recorder(TorchDispatchMode):
         op: Op,
         me: weakref.ref[Op],
         traits: Traits,
-        written: list[_Write],
+        written: list[Write],
     ) -> Any:
         if isinstance(arg, Tensor):
             return self._target(arg, op, me, traits, written) if target else self._ref(arg, op, me)
@@ -389,7 +312,7 @@ class Recorder(TorchDispatchMode):
         op: Op,
         me: weakref.ref[Op],
         traits: Traits,
-        written: list[_Write],
+        written: list[Write],
     ) -> Ref | Scratch:
         """The argument that is written: the op reads the old version, unless it overwrites all of it."""
         storage = tensor.untyped_storage()
@@ -405,7 +328,7 @@ class Recorder(TorchDispatchMode):
                 raise NotImplementedError("one storage written through two arguments")
             again.tensors.append(tensor)
         else:
-            written.append(_Write(activation, tensor, whole))
+            written.append(Write(activation, tensor, whole))
         if whole:
             return Scratch(tensor, len(written) - 1)
         return self._ref(tensor, op, me)
@@ -415,7 +338,7 @@ class Recorder(TorchDispatchMode):
         writes = self._past([tensor])
         current = self._current(tensor)
         if current is not None:
-            writes.append(_Write(current, tensor, False))
+            writes.append(Write(current, tensor, False))
         for write in writes:
             self.keeper.before_write(write.old, None, False)
         if current is not None:
@@ -516,21 +439,21 @@ class Recorder(TorchDispatchMode):
         made.append(activation)
         return weakref.ref(activation)
 
-    def _before_write(self, write: _Write, op: Op | None) -> None:
+    def _before_write(self, write: Write, op: Op | None) -> None:
         """Save what is still needed of the old version."""
         old = write.old
         if write.handles:
-            write.doomed = _seen(write)
+            write.doomed = seen_handles(write)
             if self._snapshot:
                 write.doomed = [handle for handle in write.doomed if write.touches(handle.window)]
         if old.op is None and old.is_source(but=op):
-            _spare(write, op)
+            spare(write, op)
         known = old.held if old.held is not None else write.watch
         if write.intact and known is not None and old.version is not None:
             old.version = known._version  # looking whether it is shared moved it, and nothing is written yet
         self.keeper.before_write(old, op, self._snapshot and bool(write.doomed))
 
-    def _rewrite(self, op: Op, opaque: str, write: _Write) -> Activation | None:
+    def _rewrite(self, op: Op, opaque: str, write: Write) -> Activation | None:
         """The storage holds a new value now. None if that value is a leaf, to be seen when it is read."""
         old, tensor, whole = write.old, write.tensors[0], write.whole
         storage = tensor.untyped_storage()
@@ -556,7 +479,7 @@ class Recorder(TorchDispatchMode):
         self._displace(op, write)
         return new
 
-    def _displace(self, op: Op, write: _Write) -> None:
+    def _displace(self, op: Op, write: Write) -> None:
         """See to what is still wanted of a value that has been overwritten."""
         old, doomed = write.old, write.doomed
         if doomed and not self._snapshot:
@@ -564,7 +487,7 @@ class Recorder(TorchDispatchMode):
         # Written behind autograd's back, through .data, or not touched: what it saved is there still.
         self._move([handle for handle in write.handles if handle not in doomed], write)
 
-    def _move(self, handles: list[Any], write: _Write) -> None:
+    def _move(self, handles: list[Any], write: Write) -> None:
         """What autograd saved, and what was read, of an overwritten value is to be found in the new one."""
         if not handles and not write.spared:
             return
@@ -579,7 +502,7 @@ class Recorder(TorchDispatchMode):
             handle.activation = new
             new.add_handle(handle)
         for op in write.spared:
-            _read_instead(op, write.old, new)
+            read_instead(op, write.old, new)
             if op.guards:
                 self._unsettled.append(weakref.ref(op))
 
@@ -592,11 +515,11 @@ class Recorder(TorchDispatchMode):
                 for guard in written.guards:
                     guard.settle()
             elif written is not None and written.version is None:
-                tensor = _watch(written)
+                tensor = watch_of(written)
                 if tensor is not None and not tensor.is_inference():
                     written.version = tensor._version
 
-    def _failed(self, writes: list[_Write]) -> None:
+    def _failed(self, writes: list[Write]) -> None:
         """An op raised, or wrote to another storage than it was given: what these hold now, nobody knows.
 
         What was wanted of them is there as after a write.
@@ -612,12 +535,12 @@ class Recorder(TorchDispatchMode):
             if write.tensors[0].untyped_storage()._cdata == write.key:
                 self._move(write.handles if lost else [], write)
 
-    def _past(self, tensors: list[Tensor]) -> list[_Write]:
+    def _past(self, tensors: list[Tensor]) -> list[Write]:
         """The values of older forwards that are about to be overwritten through `tensors`, which are of one storage."""
         tracked = self._storages.get(tensors[0].untyped_storage()._cdata)
         if tracked is None or not tracked.past:
             return []
-        writes = [_Write(old, tensors[0], False) for old in tracked.end_past()]
+        writes = [Write(old, tensors[0], False) for old in tracked.end_past()]
         for write in writes:
             write.tensors = tensors
         return writes
@@ -636,21 +559,21 @@ class Recorder(TorchDispatchMode):
     def _pass(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool) -> Any:
         """Run an op that nothing will be recomputed from: in the backward pass, or on tensors without a storage."""
         targets: dict[int, list[Tensor]] = {}
-        for tensor in _written(traits, args, kwargs):
+        for tensor in written_tensors(traits, args, kwargs):
             if _has_storage(tensor):
                 targets.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
         written, past = [], []
         for tensors in targets.values():
             past += self._past(tensors)
             if (old := self._current(tensors[0])) is not None:
-                written.append(_Write(old, tensors[0], False))
+                written.append(Write(old, tensors[0], False))
                 written[-1].tensors = tensors
         for write in (*written, *past):
             self._before_write(write, None)
         tape = self.tape
         inputs = tape.values_read(self.ledger, args, kwargs) if tape is not None else []
         start = time.perf_counter()
-        lists = _lists(traits, args, kwargs) if targets else ()
+        lists = listed_targets(traits, args, kwargs) if targets else ()
         try:
             result = self._run(func, traits, args, kwargs, self.modules.current, None)
         except BaseException:
@@ -658,7 +581,7 @@ class Recorder(TorchDispatchMode):
             raise
         seconds = time.perf_counter() - start
         if lists:
-            _count_writes(lists)
+            count_writes(lists)
         if written or past:
             op = Op()
             op.func, op.call, op.writes = func, self.modules.current, []
@@ -693,10 +616,10 @@ class Recorder(TorchDispatchMode):
         for value in (activation, *past):
             if value is None:
                 continue
-            if not self._snapshot and any(value.live_handles()) and _seen(_Write(value, tensor, False)):
+            if not self._snapshot and any(value.live_handles()) and seen_handles(Write(value, tensor, False)):
                 value.overwritten = f"{func} in {self.modules.current.describe()}"
             else:
-                _count_no_write(value, tensor)
+                count_no_write(value, tensor)
         return result
 
     def _backward_ended(self) -> None:
@@ -710,106 +633,6 @@ def _has_storage(tensor: Tensor) -> bool:
     except (NotImplementedError, RuntimeError):
         return False
     return True
-
-
-def _count_no_write(activation: Activation, tensor: Tensor) -> None:
-    """Autograd is about to count a write through `tensor`, though the bytes stay as they are."""
-    watch = _watch(activation)
-    if watch is None or tensor.is_inference() or watch._version != activation.version:
-        return
-    torch.autograd.graph.increment_version(tensor)
-    if watch._version != activation.version:
-        activation.version = watch._version + 1
-
-
-def _spare(write: _Write, by: Op | None) -> None:
-    """Set apart the ops that read of a leaf only what a write does not touch: they can as well read what comes next."""
-    old, readers = write.old, []
-    for reference in old.readers:
-        op = reference()
-        if op is None:
-            continue
-        if op is by or any(write.touches(ref.window) for ref in _refs((op.args, *op.kwargs.values()), old)):
-            readers.append(reference)
-        else:
-            write.spared.append(op)
-    old.readers = readers
-
-
-def _read_instead(op: Op, old: Activation, new: Activation) -> None:
-    """Have an op read one leaf instead of another."""
-    for ref in _refs((op.args, *op.kwargs.values()), old):
-        ref.activation = new
-    op.inputs = [new if source is old else source for source in op.inputs]
-    for guard in op.guards:
-        if guard.leaf is old:
-            guard.leaf, guard.version = new, None
-    new.readers = [*new.readers, weakref.ref(op)]
-
-
-def _refs(tree: Any, activation: Activation) -> Iterator[Ref]:
-    if isinstance(tree, Ref):
-        if tree.activation is activation:
-            yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from _refs(item, activation)
-
-
-def _watch(activation: Activation) -> Tensor | None:
-    """A tensor that shares the version counter of an activation about to be overwritten."""
-    tensor = activation.watched()
-    return activation.held if tensor is None else tensor
-
-
-def _seen(write: _Write) -> list[Any]:
-    """The handles of tensors that count a write in the same place as one of those written. In doubt they do.
-
-    What autograd does not see it never misses: `tensor.data` counts apart.
-    """
-    watches = [watch if (watch := handle.watched()) is not None else write.watch for handle in write.handles]
-    before = [watch._version if watch is not None else -1 for watch in watches]
-    for tensor in write.tensors:
-        if tensor.is_inference():
-            return write.handles
-        torch.autograd.graph.increment_version(tensor)
-    rows = zip(write.handles, watches, before, strict=True)
-    return [handle for handle, watch, version in rows if watch is None or watch._version != version]
-
-
-def _tensors(result: Any) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, (list, tuple)):
-        for item in result:
-            yield from _tensors(item)
-
-
-def _written(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    for position, name in traits.writes:
-        yield from _tensors(args[position] if position < len(args) else kwargs.get(name))
-    if traits.stats is not None and trains(traits.stats, args):
-        for position in traits.stats[0]:
-            yield from _tensors(args[position])
-
-
-def _lists(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[tuple[Tensor, int]]:
-    """The tensors that an op writes as members of lists, each with its version."""
-    if traits.name.startswith(_UNCOUNTED):
-        return ()
-    found = []
-    for position, name in traits.writes:
-        target = args[position] if position < len(args) else kwargs.get(name)
-        if isinstance(target, (list, tuple)):
-            found += [(tensor, tensor._version) for tensor in target if not tensor.is_inference()]
-    return found
-
-
-def _count_writes(lists: Sequence[tuple[Tensor, int]]) -> None:
-    """Count the writes to lists of tensors: PyTorch's kernels do so above a dispatch mode, and not under one."""
-    for tensor, version in lists:
-        if tensor._version == version:
-            torch.autograd.graph.increment_version(tensor)
 
 
 def _generator_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Generator, Tensor]:

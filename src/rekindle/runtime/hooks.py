@@ -20,7 +20,8 @@ from rekindle.record.torch_private import (
 )
 
 if TYPE_CHECKING:
-    from rekindle.record.recorder import Checksums, Recorder
+    from rekindle.record.recorder import Recorder
+    from rekindle.record.seams import Checksums
     from rekindle.runtime.replay import Replayer
 
 

@@ -16,7 +16,7 @@ import torch
 from rekindle._errors import LeafModified, RecomputeError, RecomputeMismatch, RekindleError
 from rekindle.record.activation import Activation, Op, Ref, Scratch
 from rekindle.record.aliasing import Ledger, look
-from rekindle.record.recorder import Checksums, Room
+from rekindle.record.seams import Checksums, Room
 from rekindle.record.torch_private import at_recorded_level, current_node
 from rekindle.runtime.stats import Stats
 
