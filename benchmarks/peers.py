@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,16 @@ class Workload:
     def peak(self, way: AbstractContextManager[Any]) -> int:
         """The most bytes a step in `way` held beyond what was there before it."""
         self.model.zero_grad(set_to_none=False)
-        return peak_bytes(lambda: self.step(way))
+        with self._buffers_put_back():
+            return peak_bytes(lambda: self.step(way))
+
+    @contextmanager
+    def _buffers_put_back(self) -> Iterator[None]:
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        yield
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(before[name])
 
     def blocks(self) -> list[nn.Module]:
         """The blocks, in order."""
@@ -56,17 +66,14 @@ class Workload:
 
     def outcome(self, way: AbstractContextManager[Any]) -> dict[str, str]:
         """A digest of each thing that a step in `way` leaves behind, begun from one random state and put back after."""
-        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         torch.manual_seed(0)
-        left = {"loss": _digest(self.step(way))}
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None:
-                left[f"gradient of {name}"] = _digest(parameter.grad)
-        left |= {f"buffer {name}": _digest(buffer) for name, buffer in self.model.named_buffers()}
-        left["random state"] = _digest(torch.get_rng_state())
-        with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(before[name])
+        with self._buffers_put_back():
+            left = {"loss": _digest(self.step(way))}
+            for name, parameter in self.model.named_parameters():
+                if parameter.grad is not None:
+                    left[f"gradient of {name}"] = _digest(parameter.grad)
+            left |= {f"buffer {name}": _digest(buffer) for name, buffer in self.model.named_buffers()}
+            left["random state"] = _digest(torch.get_rng_state())
         return left
 
 
