@@ -15,6 +15,7 @@ from rekindle.record.modules import ModuleCall
 from rekindle.record.torch_private import (
     at_recorded_level,
     current_graph_task,
+    current_node,
     when_backward_ends,
     without_dispatch_modes,
 )
@@ -102,9 +103,14 @@ class SavedTensors:
             LeafModified, RecomputeError: it cannot be recomputed.
         """
         self._replayer.asked()
+        tape = self._recorder.tape
         if isinstance(packed, Saved):
+            if tape is not None and (tracked := self._storages.get(packed.key)) is not None:
+                tape.asked(tracked.value_id, current_node())
             return self._check(packed)
         activation = packed.activation
+        if tape is not None:
+            tape.asked(activation.value_id, current_node())
         if activation.overwritten or activation.changed():
             by = activation.overwritten or "a write outside of the session"
             raise SavedTensorModified(
