@@ -61,7 +61,7 @@ class Simulator:
         self._overwrites = [value.overwrites for value in graph.values]
         for number, demand in enumerate(graph.demands):
             self.asked[demand.before].append(number)
-        for value, end in enumerate(_ends(graph)):
+        for value, end in enumerate(ends(graph)):
             if end is not None:
                 self._dropped[end].append(value)
 
@@ -197,7 +197,7 @@ def default_turns(graph: Graph) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _ends(graph: Graph) -> list[int | None]:
+def ends(graph: Graph) -> list[int | None]:
     """For each value, the op before which it is gone, as far as not we hold it; None for what stays.
 
     What is not evictable stays as long as something may be recomputed from it.
@@ -209,10 +209,10 @@ def _ends(graph: Graph) -> list[int | None]:
         latest = max((wanted[value] for value in op.outputs), default=0)
         for value in op.inputs:
             wanted[value] = max(wanted[value], latest)
-    ends: list[int | None] = []
+    found: list[int | None] = []
     for each in graph.values:
         if each.made_by is None or each.dropped is None:
-            ends.append(None)
+            found.append(None)
         else:
-            ends.append(each.dropped if each.evictable else max(each.dropped, wanted[each.number]))
-    return ends
+            found.append(each.dropped if each.evictable else max(each.dropped, wanted[each.number]))
+    return found
