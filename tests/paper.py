@@ -225,7 +225,7 @@ def _let_go(draw: st.DrawFn, draft: _Draft) -> None:
         if value.made_by is None:
             continue
         soonest = min(end, last[value.number] + 1)
-        later = draw(st.sampled_from([0, 0, 0, 1, 2, 5, None]))
+        later = draw(st.sampled_from([0, 0, 0, 0, 0, 0, 1, 3, None]))
         if value.overwritten is not None:
             soonest = max(soonest, value.overwritten + 1)
         draft.change(value.number, dropped=None if later is None else min(end, soonest + later))

@@ -370,8 +370,8 @@ class _Model:
         Raises:
             BudgetInfeasible: there is none.
         """
-        unit = math.gcd(self.budget, *(int(n) for constant, row in self.memory for n in (constant, *row.values())))
         for constant, row in self.memory:
+            unit = math.gcd(*(int(nbytes) for nbytes in row.values())) or 1
             terms = [(column, nbytes // unit) for column, nbytes in row.items()]
             self.program.row(terms, (self.budget - slack - constant) // unit)
         result = self.program.solve(time_limit)

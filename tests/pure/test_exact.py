@@ -1,0 +1,208 @@
+"""The judge, judged: integer programming against trying everything, and against what is known of chains."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+
+from paper import build, chain_step, steps, unhurried
+from rekindle import BudgetInfeasible
+from rekindle.graph import Demand, Graph, Plan
+from rekindle.graph.timeline import ends, simulate
+from rekindle.policy.exact import exact
+
+
+def check_all(graph: Graph) -> None:
+    """At each budget at which the best plan changes, the program finds what trying everything finds, and proves it."""
+    frontier = brute_force(graph)
+    for budget, seconds in frontier:
+        found = exact(graph, budget)
+        assert found.proven
+        assert found.plan is not None
+        timeline = simulate(graph, found.plan)
+        assert timeline.peak <= budget
+        assert timeline.seconds == found.seconds == pytest.approx(found.bound) == pytest.approx(seconds)
+    with pytest.raises(BudgetInfeasible):
+        exact(graph, frontier[0][0] - 1)
+
+
+@settings(unhurried, max_examples=300)
+@given(steps(max_ops=5))
+def test_as_good_as_trying_everything(graph: Graph) -> None:
+    """No plan within the budget recomputes less, and where there is none, that is said: whatever the step does."""
+    check_all(graph)
+
+
+@pytest.mark.parametrize("unit", [1, 512, 10**9 + 7])
+def test_chains_as_good_as_trying_everything(unit: int) -> None:
+    """Down to the lowest budgets, where values are recomputed again and again; bytes count each, of billions, too."""
+    sizes = [7 * unit, 2 * unit + 1, 5 * unit, 3 * unit, 4 * unit - 1, 6 * unit]
+    check_all(chain_step(6, sizes, [3, 1, 4, 1, 5, 9]))
+
+
+def test_double_backward() -> None:
+    """Ops of a backward pass that is itself recorded are recomputed like any other, with the demands between them."""
+    chain = chain_step(4, [5, 3, 4, 2])
+    ops = tuple(replace(op, backward=op.number > 6) for op in chain.ops)
+    values = tuple(replace(value, evictable=value.number < 7) for value in chain.values)
+    demands = (*chain.demands[:3], Demand(5, 7, 8), Demand(4, 7, 8), chain.demands[3])
+    check_all(Graph(ops, values, demands=demands))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_thirty_layers(share: float) -> None:
+    """A chain of 30 equal layers is solved: each evicted value saves its bytes and costs its op once, for the values
+    between two checkpoints are recomputed together."""
+    graph = chain_step(30, 100)
+    full = simulate(graph, Plan(frozenset(range(30)))).peak
+    found = exact(graph, int(share * full))
+    assert found.proven
+    assert found.seconds == math.ceil((full - int(share * full)) / 100)
+
+
+def test_everything_fits() -> None:
+    """Where there is room for all, nothing is recomputed."""
+    assert exact(chain_step(8), 10**9).seconds == 0
+
+
+def test_a_step_without_demands() -> None:
+    """A forward pass alone, in which nothing is asked for, is no special case."""
+    graph = build(((0,), (1,)), ((1,), (2,)))
+    found = exact(graph, 16)
+    assert (found.seconds, found.bound, found.proven) == (0, 0, True)
+    with pytest.raises(BudgetInfeasible, match=r"15 B \(15 bytes\): 16 B \(16 bytes\) are there whatever"):
+        exact(graph, 15)
+
+
+@pytest.mark.parametrize("time_limit", [0.0, 0.2])
+def test_time_runs_out(time_limit: float) -> None:
+    """What was found until then is returned and not called proven; the truth lies between the bound and it."""
+    graph = chain_step(40, [20 + 37 * i % 180 for i in range(40)], [1 + 7 * i % 20 for i in range(40)])
+    full = simulate(graph, Plan(frozenset(range(40)))).peak
+    found = exact(graph, full * 3 // 10, time_limit=time_limit)
+    assert not found.proven
+    assert 0 <= found.bound <= found.seconds
+    if found.plan is None:
+        assert found.seconds == math.inf
+    else:
+        assert simulate(graph, found.plan).peak <= full * 3 // 10
+
+
+# -- trying everything -------------------------------------------------------------------------------------------------
+
+Held = frozenset[int]
+Costs = set[tuple[float, int]]  # of different ways to come to hold the same: seconds and peak, none worse in both
+
+
+def brute_force(graph: Graph) -> list[tuple[int, float]]:
+    """Every peak for which there is a plan that no other beats in both, with its seconds; the lowest peak first.
+
+    By trying, at each op and demand, to hold any of what could be held; its own bookkeeping, by sets.
+    """
+    states: dict[Held, Costs] = {frozenset(): {(0.0, 0)}}
+    for number in range(len(graph.ops) + 1):
+        for position, demand in enumerate(graph.demands):
+            if demand.before == number and graph.values[demand.value].evictable:
+                states = _asked(graph, position, states)
+        if number < len(graph.ops):
+            states = _run(graph, number, states)
+    found: list[tuple[int, float]] = []
+    for seconds, peak in sorted(set().union(*states.values())):
+        if not found or peak < found[-1][0]:
+            found.append((peak, seconds))
+    return found[::-1]
+
+
+def _subsets(values: Iterable[int]) -> Iterator[Held]:
+    values = sorted(values)
+    return map(
+        frozenset, itertools.chain.from_iterable(itertools.combinations(values, r) for r in range(len(values) + 1))
+    )
+
+
+def _add(states: dict[Held, Costs], held: Held, costs: Costs, seconds: float, high: int) -> None:
+    merged = states.get(held, set()) | {(s + seconds, max(p, high)) for s, p in costs}
+    states[held] = {a for a in merged if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in merged)}
+
+
+def _user_holds(graph: Graph, number: int, *, running: bool) -> set[int]:
+    """What user code holds when something is asked for before an op, or while that runs."""
+    holds: set[int] = set()
+    for op in graph.ops[: number + running]:
+        for value in op.outputs:
+            holds.add(value)
+            holds.discard(-1 if (old := graph.values[value].overwrites) is None else old)
+    return {v for v in holds if (end := ends(graph)[v]) is None or end > number}
+
+
+def _node_holds(demands: Iterable[Demand], graph: Graph, number: int) -> set[int]:
+    return {d.value for d in demands if d.before <= number < d.until and graph.values[d.value].evictable}
+
+
+def _bytes(graph: Graph, values: Iterable[int]) -> int:
+    return sum(graph.values[value].nbytes for value in values)
+
+
+def _run(graph: Graph, number: int, states: dict[Held, Costs]) -> dict[Held, Costs]:
+    op, after = graph.ops[number], dict[Held, Costs]()
+    others = _user_holds(graph, number, running=True) | _node_holds(graph.demands, graph, number)
+    wanted = _wanted(graph, [d for d in graph.demands if d.before > number])
+    gone = {graph.values[value].overwrites for value in op.outputs}
+    for held, costs in states.items():
+        for more in _subsets(v for v in op.outputs if graph.values[v].evictable and v in wanted):
+            new = (held - gone) | more
+            _add(after, new, costs, 0.0, graph.standing + op.temporaries + _bytes(graph, new | others))
+    return after
+
+
+def _asked(graph: Graph, position: int, states: dict[Held, Costs]) -> dict[Held, Costs]:
+    demand, after = graph.demands[position], dict[Held, Costs]()
+    user = _user_holds(graph, demand.before, running=False)
+    nodes = _node_holds(graph.demands[:position], graph, demand.before)
+    wanted = _wanted(graph, graph.demands[position + 1 :])
+    for held, costs in states.items():
+        ops = _missing(graph, demand.value, held | user)
+        if ops and demand.value in nodes:
+            continue  # it would be there twice, and be held twice
+        made = {v for number in ops for v in graph.ops[number].outputs} - held - user
+        seconds = sum(graph.ops[number].seconds for number in ops)
+        for retained in _subsets(v for v in made & wanted - nodes if graph.values[v].evictable):
+            live = graph.standing + _bytes(graph, held | user | nodes)
+            high = live + _replay_peak(graph, ops, demand.value, retained, held | user)
+            for kept in _subsets(held):
+                _add(after, kept | retained, costs, seconds, high)
+    return after
+
+
+def _wanted(graph: Graph, demands: Iterable[Demand]) -> set[int]:
+    """What may still be of use for these demands."""
+    wanted = {demand.value for demand in demands}
+    for op in reversed(graph.ops):
+        if wanted.intersection(op.outputs):
+            wanted.update(op.inputs)
+    return wanted
+
+
+def _missing(graph: Graph, target: int, there: Iterable[int]) -> list[int]:
+    lacking = {target}.difference(there)
+    for op in reversed(graph.ops):
+        if lacking.intersection(op.outputs):
+            lacking |= {v for v in op.inputs if graph.values[v].evictable}.difference(there)
+    return sorted({graph.values[v].made_by for v in lacking})  # type: ignore[type-var]
+
+
+def _replay_peak(graph: Graph, ops: list[int], target: int, retained: Held, there: Iterable[int]) -> int:
+    """The most bytes beside what is there already."""
+    high, here = 0, set[int]()
+    for place, number in enumerate(ops):
+        op, rest = graph.ops[number], [graph.ops[later] for later in ops[place + 1 :]]
+        read_later = {v for later in rest for v in later.inputs}.difference(there)
+        taken = {graph.values[v].overwrites for v in op.outputs} - read_later - retained
+        high = max(high, _bytes(graph, here - taken) + _bytes(graph, op.outputs) + op.temporaries)
+        here = {v for v in here.union(op.outputs) if v in read_later | retained or v == target}.difference(there)
+    return high
