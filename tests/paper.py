@@ -150,7 +150,8 @@ class _Draft:
         self.values[value] = replace(self.values[value], **fields)  # type: ignore[arg-type]
 
 
-_BYTES = st.integers(0, 12)
+_BYTES = st.sampled_from([0, 1, 2, 3, 5, 8, 12])
+_GRADIENT_BYTES = st.sampled_from([0, 1, 1, 2, 4])  # larger ones would hide what happens to activations
 _SECONDS = st.integers(0, 9).map(float)
 _TEMPORARIES = st.sampled_from([0, 0, 0, 1, 5])
 
@@ -168,7 +169,7 @@ def steps(draw: st.DrawFn, max_ops: int = 6) -> Graph:
     draft = _Draft()
     for size in draw(st.lists(_BYTES, max_size=2)):
         draft.values.append(Value(len(draft.values), size, None, evictable=False))
-    for _ in range(draw(st.integers(1, max_ops))):
+    for _ in range(draw(st.integers(1, max_ops) | st.just(max_ops))):
         _forward_op(draw, draft)
     saved = [v.number for v in draft.values if v.overwritten is None and draw(st.integers(0, 3))]
     for value in saved:
@@ -186,18 +187,18 @@ def steps(draw: st.DrawFn, max_ops: int = 6) -> Graph:
 
 def _forward_op(draw: st.DrawFn, draft: _Draft) -> None:
     there = [value.number for value in draft.values if value.overwritten is None]
-    recent = there[-3:] if draw(st.integers(0, 3)) else there
-    reads = draw(st.lists(st.sampled_from(recent), unique=True, max_size=2)) if recent else []
+    recent = there[-2:] if draw(st.integers(0, 3)) else there
+    reads = draw(st.lists(st.sampled_from(recent), unique=True, min_size=1, max_size=2)) if recent else []
     in_place = [v for v in reads if draft.values[v].evictable]
     more: dict[str, object] = {"seconds": draw(_SECONDS), "temporaries": draw(_TEMPORARIES)}
-    if in_place and draw(st.integers(0, 5)) == 0:
+    if in_place and draw(st.integers(0, 3)) == 0:
         old = draw(st.sampled_from(in_place))
         (new,) = draft.op(reads, [draft.values[old].nbytes], [True], **more)
         draft.change(new, overwrites=old)
         draft.change(old, overwritten=len(draft.ops) - 1)
         return
     sizes = draw(st.lists(_BYTES, min_size=1, max_size=2))
-    draft.op(reads, sizes, [draw(st.integers(0, 7)) > 0 for _ in sizes], **more)
+    draft.op(reads, sizes, [draw(st.integers(0, 9)) > 0 for _ in sizes], **more)
 
 
 def _node(draw: st.DrawFn, draft: _Draft, wanted: Sequence[int], gradients: list[int]) -> None:
@@ -207,7 +208,7 @@ def _node(draw: st.DrawFn, draft: _Draft, wanted: Sequence[int], gradients: list
         asked.append((value, len(draft.ops)))
         for _ in range(draw(st.integers(1 if place == len(wanted) else 0, 2))):
             reads = [number for number, _ in asked] + gradients[-1:]
-            sizes = [draw(_BYTES)]
+            sizes = [draw(_GRADIENT_BYTES)]
             more: dict[str, object] = {"seconds": draw(_SECONDS), "temporaries": draw(_TEMPORARIES), "backward": True}
             gradients += draft.op(list(dict.fromkeys(reads)), sizes, [False], **more)
     draft.demands += [Demand(value, before, len(draft.ops)) for value, before in asked]

@@ -126,8 +126,12 @@ def _subsets(values: Iterable[int]) -> Iterator[Held]:
 
 
 def _add(states: dict[Held, Costs], held: Held, costs: Costs, seconds: float, high: int) -> None:
-    merged = states.get(held, set()) | {(s + seconds, max(p, high)) for s, p in costs}
-    states[held] = {a for a in merged if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in merged)}
+    best: Costs = set()
+    for cost in sorted(states.get(held, set()) | {(s + seconds, max(p, high)) for s, p in costs}):
+        if not best or cost[1] < lowest:
+            best.add(cost)
+            lowest = cost[1]
+    states[held] = best
 
 
 def _user_holds(graph: Graph, number: int, *, running: bool) -> set[int]:
@@ -137,7 +141,8 @@ def _user_holds(graph: Graph, number: int, *, running: bool) -> set[int]:
         for value in op.outputs:
             holds.add(value)
             holds.discard(-1 if (old := graph.values[value].overwrites) is None else old)
-    return {v for v in holds if (end := ends(graph)[v]) is None or end > number}
+    last = ends(graph)
+    return {v for v in holds if (end := last[v]) is None or end > number}
 
 
 def _node_holds(demands: Iterable[Demand], graph: Graph, number: int) -> set[int]:
