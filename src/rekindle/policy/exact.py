@@ -4,9 +4,9 @@ Problem: of all plans whose simulated peak is within the budget, the one with th
 Source: the integer program of Checkmate (Jain et al., MLSys 2020), solved by HiGHS. Its R[t, i] (op i is recomputed in
 stage t) and S[t, v] (value v is held then) are here; its FREE is not: a value is there at an op of a replay if it is
 held before or after, or if a replayed op reads it from there on, which is a maximum and needs no integers of its own.
-A stage is one demand, the forward pass runs once, and what the record fixes is no variable: gradients, temporaries, what
-user code or a node of the backward pass holds. What is replayed is no choice either, as in the runtime: what is missing
-of the value asked for, all of that and nothing else.
+A stage is one demand, the forward pass runs once, and what the record fixes is no variable: gradients, temporaries,
+what user code or a node of the backward pass holds. What is replayed is no choice either, as in the runtime: what is
+missing of the value asked for, all of that and nothing else.
 Regime: about 30 forward ops; seconds at 70% of the memory, minutes at 40%. Exact: the plan is simulated, and must take
 the bytes and seconds that the program said.
 Known gaps: a value that a node of the backward pass still holds is never held a second time. A value that an op writes
@@ -200,8 +200,9 @@ class _Record:
 class _Model:
     """The integer program of a graph and a budget.
 
-    `kept[t][v]` is whether we hold value v after the demand of stage t; in the stage in which it was first made, whether
-    it is a checkpoint. `replayed[t][i]` is whether op i is replayed for that demand. All are columns of the program.
+    `kept[t][v]` is whether we hold value v after the demand of stage t; in the stage in which it was first made,
+    whether it is a checkpoint. `replayed[t][i]` is whether op i is replayed for that demand. All are columns of the
+    program; what is not in them is no.
     """
 
     def __init__(self, graph: Graph, budget: int) -> None:
@@ -236,13 +237,18 @@ class _Model:
     def _keep(self, stage: int) -> None:
         """The columns for what is held after the demand of a stage, and when it may change there."""
         for value in self.record.made:
-            if self._useful.get(value, 0) <= stage or not self.graph.values[value].evictable:
+            if self._useful.get(value, 0) <= stage or self._overwritten_in(value, stage):
                 continue
             born = self._born(value)
             if born == stage:
                 self.kept[stage][value] = self.program.column(integral=True)
             elif born < stage:
                 self.kept[stage][value] = self._carried(value, stage)
+
+    def _overwritten_in(self, value: int, stage: int) -> bool:
+        """Whether a value is written over before the next demand, so that it is of no use to hold it until then."""
+        op = self.record.overwritten[value]
+        return op != _NEVER and self._stage_of_op[op] == stage
 
     def _carried(self, value: int, stage: int) -> int:
         """The column for what is held after a demand, of what was made before."""
@@ -270,9 +276,6 @@ class _Model:
 
     def held(self, value: int, stage: int) -> int:
         """The column for whether we hold a value as the demand of a stage is made."""
-        overwritten = self.record.overwritten[value]
-        if overwritten < self.record.demands[stage - 1][1].before and self._stage_of_op[overwritten] == stage - 1:
-            return _ZERO
         return self.kept[stage - 1].get(value, _ZERO)
 
     def _replay(self, stage: int) -> None:
@@ -307,11 +310,11 @@ class _Model:
         """The bytes while an op of the step runs."""
         record, stage = self.record, self._stage_of_op[op]
         fixed = record.held_at(op)
-        there: dict[int, int] = {}
-        for value, column in self.kept[stage].items():
-            gone = record.overwritten[value] <= op and self._stage_of_op[record.overwritten[value]] == stage
-            if value not in fixed and record.maker[value] <= op and not gone:
-                there[value] = column
+        there = {
+            value: column
+            for value, column in self.kept[stage].items()
+            if value not in fixed and record.maker[value] <= op
+        }
         self._limit(fixed, there, self.graph.ops[op].temporaries, ())
 
     def _count_replay(self, stage: int) -> None:
