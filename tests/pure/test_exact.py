@@ -77,6 +77,25 @@ def test_what_is_retained_counts_in_the_rest_of_the_replay() -> None:
     assert brute_force(graph) == [(14, 9 + 1 + 1 + 9), (18, 1 + 1), (22, 0)]
 
 
+def test_an_in_place_op_takes_the_original() -> None:
+    """Replayed, too, an op that writes over a value needs no room for a copy of it."""
+    ops = (
+        Op(0, "aten.op", (), (0,), seconds=1),
+        Op(1, "aten.op_", (0,), (1,), seconds=1),
+        Op(2, "aten.op", (), (2,), temporaries=9),
+        Op(3, "aten.op", (1,), (3,), backward=True),
+    )
+    values = (
+        Value(0, 8, 0, dropped=2, overwritten=1),
+        Value(1, 8, 1, dropped=2, overwrites=0),
+        Value(2, 0, 2),
+        Value(3, 0, 3, evictable=False),
+    )
+    graph = Graph(ops, values, demands=(Demand(1, 3, 4),))
+    check_all(graph)
+    assert brute_force(graph) == [(9, 1 + 1), (17, 0)]
+
+
 def test_what_is_about_to_be_overwritten_is_still_there() -> None:
     """What user code holds is there for a replay until the op that writes over it has run."""
     ops = (

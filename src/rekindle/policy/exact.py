@@ -7,8 +7,9 @@ held before or after, or if a replayed op reads it from there on, which is a max
 A stage is one demand, the forward pass runs once, and what the record fixes is no variable: gradients, temporaries,
 what user code or a node of the backward pass holds. What is replayed is no choice either, as in the runtime: what is
 missing of the value asked for, all of that and nothing else.
-Regime: about 30 forward ops; seconds at 70% of the memory, minutes at 40%. Exact: the plan is simulated, and must take
-the bytes and seconds that the program said.
+Regime: about 30 forward ops. A chain of 30 with all its values asked for is proven in about a second at 70% of the
+memory, in ten at 40%, not in a minute at 25%; recorded transformer blocks, whose floor is higher, take less than a
+second at any budget. The plan is simulated, and must take the bytes and seconds that the program said.
 Known gaps: a value that a node of the backward pass still holds is never held a second time. A value that an op writes
 over while such a node holds it is not foreseen; autograd refuses that. Where sizes have no common unit, a plan that is
 over the budget by less than a millionth may have to be shut out together with others that are just within it.
@@ -17,6 +18,7 @@ over the budget by less than a millionth may have to be shut out together with o
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,9 +67,9 @@ def exact(graph: Graph, budget: int, *, time_limit: float = 60.0) -> Exact:
         BudgetInfeasible: no plan fits.
     """
     model = _Model(graph, budget)
-    bound, slack = 0.0, 0
+    bound, slack, end = 0.0, 0, time.monotonic() + time_limit
     for _ in range(_TRIES):
-        found = model.solve(time_limit, slack)
+        found = model.solve(max(0.0, end - time.monotonic()), slack)
         bound = max(bound, found.bound)
         if found.plan is None:
             return Exact(None, math.inf, bound, False)
