@@ -20,6 +20,7 @@ from rekindle.record.torch_private import (
     alias,
     conjugating,
     current_graph_task,
+    current_node,
     never_compile,
     when_backward_ends,
 )
@@ -207,7 +208,7 @@ class Recorder(TorchDispatchMode):
         except BaseException:
             self._failed([*written, *past])
             raise
-        op.seconds = time.perf_counter() - start
+        op.seconds = self._room.seconds if self._room.measures else time.perf_counter() - start
         if lists:
             count_writes(lists)
         if op.random is not None:
@@ -231,7 +232,13 @@ class Recorder(TorchDispatchMode):
         if tape is not None:
             inputs = [self._value(tape, a) for a in op.inputs]
             outputs = [tape.made(a) for a in made if a is not None]
-            tape.op(traits.name, inputs, outputs, call, op.seconds, backward, traits.random)
+            for write, new in zip(written, made, strict=False):  # what was written comes first
+                tape.overwrites(new, write.old)
+            if op.random is not None:
+                tape.state(op.random[1].nbytes)
+            if backward:
+                tape.runs(current_node())
+            tape.op(traits.name, inputs, outputs, call, op.seconds, backward, traits.random, self._room.temporaries)
         return result
 
     def _keep_random(self, op: Op, generator: torch.Generator, state: Tensor) -> None:
@@ -594,7 +601,7 @@ class Recorder(TorchDispatchMode):
         except BaseException:
             self._failed([*written, *past])
             raise
-        seconds = time.perf_counter() - start
+        seconds = self._room.seconds if self._room.measures else time.perf_counter() - start
         if lists:
             count_writes(lists)
         if written or past:
@@ -606,10 +613,14 @@ class Recorder(TorchDispatchMode):
                 self._displace(op, write)
         if tape is None:
             return self._count(result)
-        seen = set(self._storages)
+        keys = [t.untyped_storage()._cdata for t in tensors_in(result) if _has_storage(t)]
+        new = [key for key in dict.fromkeys(keys) if key not in self._storages]
         self._count(result)
-        outputs = [tape.plain_value(tracked) for key, tracked in self._storages.items() if key not in seen]
-        tape.op(traits.name, inputs, outputs, self.modules.current, seconds, backward, traits.random)
+        outputs = [tape.plain_value(self._storages[key]) for key in new]
+        if backward:
+            tape.runs(current_node())
+        call, temporaries = self.modules.current, self._room.temporaries
+        tape.op(traits.name, inputs, outputs, call, seconds, backward, traits.random, temporaries)
         return result
 
     def _current(self, tensor: Tensor) -> Activation | None:

@@ -34,6 +34,8 @@ class Room(Protocol):
     watches: bool
     measures: bool
     hungry: set[str]
+    seconds: float
+    temporaries: int
 
     def rescue(
         self,

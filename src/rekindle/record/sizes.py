@@ -13,6 +13,7 @@ all that follow.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,18 +75,24 @@ class Sizes:
             _put(self._guessed, signature, guess)
         return guess
 
-    def measure(self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Need]:
-        """Run the op and remember what it needed. Returns its result and that; nothing if it could not be measured."""
+    def measure(
+        self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Any, Need, float]:
+        """Run the op and remember what it needed. Returns its result, that (nothing if it could not be measured), and
+        the seconds it took."""
         if not _can_measure(args, kwargs):
-            return func(*args, **kwargs), Need(0, 0)
+            start = time.perf_counter()
+            return func(*args, **kwargs), Need(0, 0), time.perf_counter() - start
         with AllocatorWatch() as watch:
+            start = time.perf_counter()
             result = func(*args, **kwargs)
+            seconds = time.perf_counter() - start
         results = max(0, watch.nbytes)
         need = Need(results, watch.peak_nbytes - results)
         if watch.worked and not _by_data(func, args):
             _put(self._measured, signature, need)
             self._guessed.pop(signature, None)
-        return result, need
+        return result, need, seconds
 
 
 def _put(table: dict[Any, Need], signature: Any, need: Need) -> None:

@@ -16,6 +16,7 @@ from rekindle.record.schema import BRANCHING_NODES
 from rekindle.record.torch_private import (
     at_recorded_level,
     current_graph_task,
+    current_node,
     step_aside,
     when_backward_ends,
     without_dispatch_modes,
@@ -105,9 +106,14 @@ class SavedTensors:
         """
         step_aside(self._recorder, BRANCHING_NODES)  # the node runs as it does in plain PyTorch, unseen
         self._replayer.asked()
+        tape = self._recorder.tape
         if isinstance(packed, Saved):
+            if tape is not None and (tracked := self._storages.get(packed.key)) is not None:
+                tape.asked(tracked.value_id, current_node())
             return self._check(packed)
         activation = packed.activation
+        if tape is not None:
+            tape.asked(activation.value_id, current_node())
         if activation.overwritten or activation.changed():
             by = activation.overwritten or "a write outside of the session"
             raise SavedTensorModified(

@@ -145,7 +145,8 @@ class Session:
 
     def _open(self) -> None:
         self._recorder.keeper = self._decisions = self._new_decisions()
-        self._recorder.tape = Tape() if self._record_next else None
+        self._recorder.tape = tape = Tape(self._ledger) if self._record_next else None
+        self._ledger.on_end = tape.died if tape is not None else None
         self._room.measures = self._record_next
         with ExitStack() as stack:
             self.modules.open()
@@ -165,6 +166,7 @@ class Session:
             return
         stack.close()
         tape, self._recorder.tape = self._recorder.tape, None
+        self._ledger.on_end = None
         self._room.measures = False
         try:
             if tape is not None and error is None:
