@@ -86,8 +86,7 @@ BRANCHING_NODES = frozenset(
     for name, number in (
         *(("Max", 1), ("Min", 1), ("Median", 0), ("Nanmedian", 0), ("MaskedFill", 1)),
         *(("Prod", 0), ("Prod", 1), ("Cumprod", 0), ("Ormqr", 0)),
-        *(("LinalgDet", 0), ("LinalgEig", 0), ("LinalgEigh", 0), ("LinalgLuSolve", 0)),
-        *(("LinalgLstsq", 0), ("LinalgPinv", 0)),
+        *(("LinalgDet", 0), ("LinalgEig", 0), ("LinalgEigh", 0)),
     )
 )
 MAY_LEAVE_DEVICE = frozenset({"aten::_to_copy", "aten::copy_", "aten::copy"})

@@ -171,18 +171,14 @@ def _handler_level() -> tuple[Any, Any]:
     include = probe.include
     for key in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):
         include = include.remove(key)
-    exclude = probe.exclude
-    for key in _LAZY:
-        exclude = exclude.remove(key)
-    return include, exclude
+    return include, probe.exclude
 
 
 _LEVEL: list[tuple[Any, Any]] = []
 
 
 def at_recorded_level() -> AbstractContextManager[Any]:
-    """Run a block where recorded calls were seen: below autograd, autocast, functorch and every mode. Only lazy
-    conjugation is carried out: no recorded call needs it to be left out."""
+    """Run a block where recorded calls were seen: below autograd, autocast, functorch and every mode."""
     if not _LEVEL:
         _LEVEL.append(_handler_level())
     return torch._C._ForceDispatchKeyGuard(*_LEVEL[0])
