@@ -18,6 +18,7 @@ from rekindle.record.seams import Checksums, Keeper, Room
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import (
     alias,
+    conjugating,
     current_graph_task,
     current_node,
     never_compile,
@@ -32,6 +33,7 @@ from rekindle.record.writes import (
     seen_handles,
     spare,
     tensors_in,
+    uncounted_target,
     watch_of,
     written_tensors,
 )
@@ -129,6 +131,9 @@ class Recorder(TorchDispatchMode):
         call: ModuleCall,
         random: tuple[torch.Generator, Tensor] | None,
     ) -> Any:
+        if traits.conjugates:
+            with conjugating():
+                return self._room.run(func, args, kwargs, call, random)
         if self._room.watches or self._room.measures or traits.name in self._hungry:
             return self._room.run(func, args, kwargs, call, random)
         try:
@@ -186,8 +191,10 @@ class Recorder(TorchDispatchMode):
             op.random = _generator_state(args, kwargs)
         if written:
             op.writes = []
+            uncounted = uncounted_target(traits, args, kwargs)
             past = [former for write in written for former in self._past(write.tensors)]
             for write in written:
+                write.counted = write.tensors[0] is not uncounted
                 if not opaque and (write.old in op.inputs if write.whole else write.old.op is None):
                     opaque = OVERWRITTEN_LEAF
             for write in (*written, *past):
@@ -435,7 +442,10 @@ class Recorder(TorchDispatchMode):
     def _output(
         self, op: Op, traits: Traits, opaque: str, tensor: Tensor, call: ModuleCall, made: list[Activation | None]
     ) -> weakref.ref[Activation] | None:
-        storage = tensor.untyped_storage()
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # sparse, opaque layouts
+            return None
         if storage._cdata in self._storages:
             return None
         nbytes = storage.nbytes()
@@ -455,7 +465,7 @@ class Recorder(TorchDispatchMode):
     def _before_write(self, write: Write, op: Op | None) -> None:
         """Save what is still needed of the old version."""
         old = write.old
-        if write.handles:
+        if write.handles and write.counted:
             write.doomed = seen_handles(write)
             if self._snapshot:
                 write.doomed = [handle for handle in write.doomed if write.touches(handle.window)]
