@@ -80,6 +80,7 @@ class Recorder(TorchDispatchMode):
         self._unsettled: list[weakref.ref[Any]] = []
         self._graph_task = -1
         self._ask_reads = False
+        self._to_hold: list[tuple[Activation, Tensor]] = []
 
     def cut(self) -> None:
         """Make every value there is a leaf for the ops to come: a forward never reaches back into an older one."""
@@ -173,6 +174,7 @@ class Recorder(TorchDispatchMode):
         op.func, op.number, op.grad_mode = func, number, grad_mode
         op.call = call = self.modules.current
         op.inputs, op.outputs = [], []
+        self._to_hold.clear()
         self._ask_reads = self.keeper.reads and not backward  # backward ops run outside of all modules
         opaque = traits.opaque or (why_opaque(func, args, kwargs) if traits.check else "")
         written: list[Write] = []
@@ -223,6 +225,8 @@ class Recorder(TorchDispatchMode):
         elif result is not None:
             for tensor in tensors_in(result):
                 op.outputs.append(self._output(op, traits, opaque, tensor, call, made))
+        if self._to_hold:
+            self._hold_sources(made)
         if self.checksums is not None:
             for activation in made:
                 if activation is not None and (base := activation.base()) is not None:
@@ -241,6 +245,13 @@ class Recorder(TorchDispatchMode):
                 tape.runs(current_node())
             tape.op(traits.name, inputs, outputs, call, op.seconds, backward, traits.random, self._room.temporaries)
         return result
+
+    def _hold_sources(self, made: list[Activation | None]) -> None:
+        """Hold the checkpoints that an op read, if it made anything: else they would go with the op, which nobody owns."""
+        to_hold, self._to_hold = self._to_hold, []
+        for activation, tensor in to_hold if any(made) else ():
+            if activation.held is None:
+                self.hold(activation, tensor)
 
     def _keep_random(self, op: Op, generator: torch.Generator, state: Tensor) -> None:
         """Count the bytes of the generator's state, or drop it if the op drew nothing, as attention without dropout."""
@@ -302,11 +313,10 @@ class Recorder(TorchDispatchMode):
         if activation.op is None:
             self._guard(activation, tensor, op)
         elif activation.held is None:
-            if activation.is_checkpoint:
-                self.hold(activation, tensor)
-            elif self._ask_reads and self.keeper.read(activation.call, op.call):
+            if not activation.is_checkpoint and self._ask_reads and self.keeper.read(activation.call, op.call):
                 activation.is_checkpoint = True
-                self.hold(activation, tensor)
+            if activation.is_checkpoint:
+                self._to_hold.append((activation, tensor))
         if activation not in op.inputs:
             op.inputs.append(activation)
             activation.last_use = op.number
