@@ -129,6 +129,21 @@ class Simulator:
         return sorted(ops)
 
 
+@dataclass(slots=True)
+class _Hands:
+    """Nodes of the backward pass that have one storage of a value in hand.
+
+    Attributes:
+        value: number of the value.
+        count: how many of them.
+        orphan: only they hold it.
+    """
+
+    value: int
+    count: int = 0
+    orphan: bool = False
+
+
 class _Step:
     """What is live while a step is played.
 
@@ -148,19 +163,18 @@ class _Step:
         self.holders = bytearray(len(simulator.nbytes))
         self.live = self.peak = simulator.graph.standing
         self.seconds = 0.0
-        self._nodes: dict[int, int] = {}  # how many nodes have each value in hand
-        self._orphans: dict[int, int] = {}  # storages of it that only they still hold
-        self._handed: dict[int, list[int]] = {}
+        self._hands: dict[int, _Hands] = {}  # the nodes that have in hand what we or user code hold of a value
+        self._handed: dict[int, list[_Hands]] = {}
 
     def begin(self, number: int) -> None:
         """What goes before an op and its demands."""
-        self.peak = self.live
         for value in self._simulator.dropped[number]:
             self.let_go(value, _USER)
-        for value in self._handed.pop(number, ()):
-            self._nodes[value] -= 1
-            if not self._nodes[value]:
-                self.live -= self._orphans.pop(value, 0) * self._nbytes[value]
+        for hands in self._handed.pop(number, ()):
+            hands.count -= 1
+            if hands.orphan and not hands.count:
+                self.live -= self._nbytes[hands.value]
+        self.peak = self.live
 
     def let_go(self, value: int, who: int) -> None:
         """One of its holders lets go of a value."""
@@ -169,15 +183,17 @@ class _Step:
         self.holders[value] -= who
         if self.holders[value]:
             return
-        if self._nodes.get(value):
-            self._orphans[value] = self._orphans.get(value, 0) + 1
+        hands = self._hands.pop(value, None)
+        if hands is not None and hands.count:
+            hands.orphan = True
         else:
             self.live -= self._nbytes[value]
 
     def hand_over(self, value: int, until: int) -> None:
         """A node of the backward pass has a value in hand until an op."""
-        self._nodes[value] = self._nodes.get(value, 0) + 1
-        self._handed.setdefault(until, []).append(value)
+        hands = self._hands.setdefault(value, _Hands(value))
+        hands.count += 1
+        self._handed.setdefault(until, []).append(hands)
 
     def run(self, number: int) -> None:
         """An op of the step itself."""
@@ -187,6 +203,7 @@ class _Step:
             if old is not None and self.holders[old]:
                 self.live -= self._nbytes[old]
                 self.holders[old] = 0
+                self._hands.pop(old, None)
             self.live += self._nbytes[value]
             self.holders[value] = _USER + _OURS if self._keeps[value] else _USER
         self.peak = max(self.peak, self.live + op.temporaries)
