@@ -102,8 +102,8 @@ def test_cheapest_at_a_price(problem: Problem, price: float) -> None:
 def test_corners_lie_on_a_convex_curve(problem: Problem) -> None:
     """From the fewest bytes that any set takes to the fewest seconds, each corner is better than the last for less and
     less, and all sets lie on or above the lines between them."""
-    corners, points = problem.cuts().corners(1000), problem.points()
     assume_costs(problem)
+    corners, points = problem.cuts().corners(1000), problem.points()
     if len(corners) > 1 and corners[-1].seconds == corners[-2].seconds:
         corners.pop()  # at no price at all, of several sets with as few seconds, it need not be the smallest
     assert corners[0].nbytes == min(nbytes for nbytes, _ in points)
@@ -146,7 +146,7 @@ def test_a_chain() -> None:
 
 
 def test_free_and_barred() -> None:
-    """What is there anyway costs nothing, what is barred is never kept at any price, and what is not evictable is there."""
+    """What is there anyway costs nothing, what is barred is never kept, and what is not evictable is there."""
     graph = build(*(((number,), (number + 1,)) for number in range(5)), seconds=[1] * 5)
     assert [c.seconds for c in Problem(graph, (5,), frozenset({3})).cuts().corners()] == [2, 0]
     assert [(c.kept, c.seconds) for c in Problem(graph, (5,), barred=frozenset({5, 4})).cuts().corners()][-1] == (
