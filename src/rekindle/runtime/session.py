@@ -18,7 +18,7 @@ from rekindle.policy import Decider, KeepAll, PerModule, PolicyLike, check_polic
 from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Ledger
 from rekindle.record.modules import ModuleStack
-from rekindle.record.recorder import Recorder
+from rekindle.record.recorder import DEFAULT_MIN_NBYTES, Recorder
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import hooks_refused, in_func_transform
 from rekindle.runtime.checksums import Checksums
@@ -31,9 +31,6 @@ from rekindle.runtime.replay import Replayer
 from rekindle.runtime.room import Room
 from rekindle.runtime.snapshots import Snapshots
 from rekindle.runtime.stats import Stats
-
-DEFAULT_MIN_NBYTES = 1024
-
 
 class Session:
     """Trains what runs inside it with fewer stored activations, and the same numbers.

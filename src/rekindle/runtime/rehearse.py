@@ -1,0 +1,127 @@
+"""A step on fake tensors: the graph that a recorded step gives, without memory for weights or activations, and without
+the device.
+
+Problem: a plan is wanted before anything is run for real: for a device that is not there, for a batch that may not fit.
+Source: PyTorch's fake tensors run the same Python and the same dispatch as plain ones, down to the choice of kernels.
+Regime: the same ops, values and demands as recorded for real on the CPU; `tests/models/test_rehearse.py` says for which
+models, and what differs. Seconds are told by a roofline, temporaries of kernels by the bounds in `record.kernels`.
+Known gaps: steps that depend on data, such as routing tokens to experts, cannot be rehearsed. For an accelerator that is
+not there, ops are those of the CPU, but for attention; their kernels' temporaries are not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rekindle._errors import RehearsalError
+from rekindle.graph import Graph
+from rekindle.record.activation import Activation
+from rekindle.record.aliasing import Ledger, Window
+from rekindle.record.fakes import Cost, FakeRecorder, FakeRoom, Fakes
+from rekindle.record.modules import ModuleStack
+from rekindle.record.recorder import DEFAULT_MIN_NBYTES
+from rekindle.record.tape import Tape
+from rekindle.record.torch_private import faking
+from rekindle.runtime.decide import Decisions
+from rekindle.runtime.hooks import SavedTensors
+from rekindle.runtime.replay import Replayer
+from rekindle.runtime.snapshots import Snapshots
+from rekindle.runtime.stats import Stats
+
+Tensor = torch.Tensor
+Loss = Callable[[Any], Tensor]
+
+
+def rehearse(
+    model: torch.nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    device: torch.device | None = None,
+    cost: Cost,
+    loss: Loss | None = None,
+    min_nbytes: int = DEFAULT_MIN_NBYTES,
+) -> Graph:
+    fakes = Fakes(device)
+    model, args, kwargs = fakes.copy((model, tuple(args), dict(kwargs or {})))
+    stage = _Stage(fakes, cost, min_nbytes)
+    return stage.play(model, args, kwargs, loss or _loss_of)
+
+
+class _Stage:
+    """What a session is made of, for one step on fake tensors."""
+
+    def __init__(self, fakes: Fakes, cost: Cost, min_nbytes: int) -> None:
+        self._fakes = fakes
+        stats = Stats()
+        ledger = self._ledger = Ledger(lambda activation, nbytes: None)
+        self._modules = ModuleStack(self._meet)
+        room = FakeRoom(fakes, cost)
+        snapshots = Snapshots(ledger, room, lambda: stats)
+        decisions = Decisions(None, None, snapshots, stats)
+        self._recorder = FakeRecorder(ledger, self._modules, decisions, room, min_nbytes, False)
+        replayer = Replayer(ledger, room, lambda: stats, self._modules.name_of)
+        self._saved_tensors = _FakeSavedTensors(fakes, self._recorder, replayer, decisions.saved, False)
+
+    def play(self, model: torch.nn.Module, args: Any, kwargs: Any, loss: Loss) -> Graph:
+        """Run a step. Returns its graph."""
+        tape = self._recorder.tape = Tape(self._ledger)
+        self._ledger.on_end = tape.died
+        hooks = self._saved_tensors
+        self._modules.open()
+        try:
+            with (
+                faking(self._fakes.mode),
+                torch.enable_grad(),
+                torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack),
+                self._recorder,
+            ):
+                loss(model(*args, **kwargs)).backward()
+        finally:
+            self._modules.close()
+            self._ledger.on_end = None
+        return tape.graph(self._modules.names())
+
+    def _meet(self, module: torch.nn.Module) -> None:
+        for tensor in (*module.parameters(), *module.buffers()):
+            self._ledger.track_leaf(tensor)
+
+
+class _FakeSavedTensors(SavedTensors):
+    """The hooks of a session, with the aliases and windows that fake tensors want."""
+
+    def __init__(self, fakes: Fakes, *rest: Any) -> None:
+        super().__init__(*rest)
+        self._fakes = fakes
+
+    def _alias(self, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    def _look(self, base: Tensor, window: Window) -> Tensor:
+        return self._fakes.look(base.untyped_storage(), window, base.device)
+
+
+def _loss_of(outputs: Any) -> Tensor:
+    """What the backward pass begins from, if nobody says: the loss among the outputs, or else the sum of all."""
+    if isinstance(outputs, Tensor) and outputs.numel() == 1:
+        return outputs
+    found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if isinstance(found, Tensor):
+        return found
+    sums = [tensor.sum() for tensor in _floating(outputs)]
+    if not sums:
+        raise RehearsalError(
+            f"the model returned {type(outputs).__name__}, in which no floating tensor requires a gradient. Say what "
+            "the loss is: loss=lambda outputs: ..."
+        )
+    return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
+
+
+def _floating(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree] if tree.is_floating_point() and tree.requires_grad else []
+    items = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
+    return [tensor for item in items for tensor in _floating(item)]
