@@ -34,9 +34,8 @@ _CURE = (
     "rekindle.Session(memory_budget=...), which plans from what it sees."
 )
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-_CPU_STATE = torch.get_rng_state().nbytes
 _KNOWN = 1 << 23  # bytes; what larger tensors hold is not followed
-_DEVICE_STATE = 16  # bytes: a Philox generator is a seed and an offset
+_PHILOX = 16  # bytes: the state of a generator on an accelerator is a seed and an offset
 
 
 class Fakes:
@@ -44,14 +43,14 @@ class Fakes:
 
     Attributes:
         mode: under which ops make fake tensors.
-        device: where all fakes are, whatever the originals were on; None for where each of those was, and for those on
-            the meta device the CPU.
+        device: where all fakes are, whatever the originals were on.
+        kind: of the device that they stand for, which may be another one.
         contents: what some of them hold.
     """
 
-    def __init__(self, device: torch.device | None) -> None:
+    def __init__(self, device: torch.device, kind: str) -> None:
         self.mode = FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True)
-        self.device = device
+        self.device, self.kind = device, kind
         self.contents = Contents()
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._made: dict[int, tuple[Tensor, Tensor]] = {}  # the originals too, so that no other tensor gets their `id`
@@ -74,8 +73,7 @@ class Fakes:
             shared = self._storages[storage._cdata] = torch.UntypedStorage(storage.nbytes(), device="meta")
             if not tensor.is_floating_point():
                 self.contents.put(shared, storage)
-        device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
-        fake = self.look(shared, window_of(tensor), self.device or device)
+        fake = self.look(shared, window_of(tensor))
         if isinstance(tensor, torch.nn.Parameter):
             fake = torch.nn.Parameter(fake, tensor.requires_grad)
         elif tensor.requires_grad:
@@ -83,10 +81,10 @@ class Fakes:
         self._made[id(tensor)] = tensor, fake
         return fake
 
-    def look(self, storage: torch.UntypedStorage, window: Window, device: torch.device) -> Tensor:
+    def look(self, storage: torch.UntypedStorage, window: Window, device: torch.device | None = None) -> Tensor:
         """The fake tensor that is a window onto a fake storage."""
         with torch.no_grad(), no_modes():
-            fake: Tensor = FakeTensor(self.mode, _tensor(storage, window), device)
+            fake: Tensor = FakeTensor(self.mode, _tensor(storage, window), device or self.device)
             return _lazy(fake, window)
 
     def new(self, tree: Any, device: torch.device) -> Any:
@@ -219,8 +217,64 @@ def _lazy(tensor: Tensor, window: Window) -> Tensor:
     return tensor._neg_view() if window[5] else tensor
 
 
+class AsOnCuda(TorchFunctionMode):
+    """Has attention and dropout take the kernels that they would take on a CUDA device.
+
+    PyTorch cannot differentiate fake tensors of a device that is not there, so these claim to be on the CPU.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _cuda_attention(*args, **(kwargs or {}))
+        if func is torch.nn.functional.dropout:
+            return _cuda_dropout(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _cuda_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Flash attention for short floats without a mask, else the memory-efficient kernel, as PyTorch prefers them."""
+    flash = attn_mask is None and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+    if flash and query.shape[-1] % 8 == 0:
+        found = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )
+        return found[0]  # type: ignore[no-any-return]
+    if enable_gqa and (groups := query.shape[-3] // key.shape[-3]) > 1:
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    bias = attn_mask
+    if bias is not None:
+        if bias.dtype is torch.bool:
+            bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, -torch.inf)
+        bias = bias.expand(*query.shape[:-1], key.shape[-2])
+    found = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, query.requires_grad or key.requires_grad, dropout_p, is_causal, scale=scale
+    )
+    return found[0]  # type: ignore[no-any-return]
+
+
+def _cuda_dropout(func: Any, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or inplace or not 0 < p < 1:
+        return func(x, p, training, inplace)  # type: ignore[no-any-return]
+    return torch.native_dropout(x, p, True)[0]
+
+
 class FakeRecorder(Recorder):
     """Records a step on fake tensors as if they were plain ones."""
+
+    def __init__(self, fakes: Fakes, *rest: Any) -> None:
+        super().__init__(*rest)
+        self._state_nbytes = torch.get_rng_state().nbytes if fakes.kind == "cpu" else _PHILOX
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -232,10 +286,7 @@ class FakeRecorder(Recorder):
 
     def _state(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[torch.Generator, Tensor]:
         """Bytes for the state of a generator; none is looked at, and none is drawn from."""
-        tensor = next((arg for arg in args if isinstance(arg, Tensor)), None)
-        device = torch.device((kwargs.get("device") or "cpu") if tensor is None else tensor.device)
-        nbytes = _CPU_STATE if device.type == "cpu" else _DEVICE_STATE
-        return torch.default_generator, torch.empty(nbytes, dtype=torch.uint8)
+        return torch.default_generator, torch.empty(self._state_nbytes, dtype=torch.uint8)
 
     def _is_parameter(self, tensor: Tensor) -> bool:
         return isinstance(tensor, torch.nn.Parameter)
@@ -285,8 +336,9 @@ class FakeRoom:
             result = self._fakes.new(real, next(tensor.device for tensor in tensors_of(args)))
         else:
             contents.follow(func, args, kwargs, result)
-        nbytes = made_nbytes(func, args, kwargs, result)
-        self.temporaries = temporaries(func, args, kwargs, nbytes) or 0
+        if self._fakes.kind == "cpu":
+            nbytes = made_nbytes(func, args, kwargs, result)
+            self.temporaries = temporaries(func, args, kwargs, nbytes) or 0
         self.seconds = self._cost(func, args, kwargs, result)
         return result
 

@@ -173,15 +173,14 @@ def _results(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int | No
 
 
 def made_nbytes(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> int:
-    """Bytes of the new storages that an op on fake tensors returned. Where a kernel of the CPU returns larger ones than
-    the shape function says, they are made as large."""
+    """Bytes of the new storages that an op of the CPU returned on fake tensors. Where its kernel would return larger ones
+    than the shape function says, they are made as large."""
     read = {tensor.untyped_storage()._cdata for tensor in (*tensors_of(args), *tensors_of(kwargs.values()))}
     made = [tensor for tensor in tensors_of([result]) if tensor.untyped_storage()._cdata not in read]
-    if made and made[0].device.type == "cpu":
-        if _name(func) in _LOSSES:
-            made[0].untyped_storage().resize_(max(nbytes_of(made[0]), nbytes_of(args[0])))
-        elif _name(func) == "aten::mkldnn_rnn_layer":
-            made[-1].untyped_storage().resize_(rnn_workspace(args))
+    if made and _name(func) in _LOSSES:
+        made[0].untyped_storage().resize_(max(nbytes_of(made[0]), nbytes_of(args[0])))
+    elif made and _name(func) == "aten::mkldnn_rnn_layer":
+        made[-1].untyped_storage().resize_(rnn_workspace(args))
     return sum({(storage := tensor.untyped_storage())._cdata: storage.nbytes() for tensor in made}.values())
 
 

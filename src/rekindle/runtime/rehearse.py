@@ -12,15 +12,18 @@ not there, ops are those of the CPU, but for attention; their kernels' temporari
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
 from rekindle._errors import RehearsalError
 from rekindle.graph import Graph
-from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Ledger, Window
-from rekindle.record.fakes import Cost, FakeRecorder, FakeRoom, Fakes
+from rekindle.record.cost import Device, find_device, seconds
+from rekindle.record.fakes import AsOnCuda, Cost, FakeRecorder, FakeRoom, Fakes
 from rekindle.record.modules import ModuleStack
 from rekindle.record.recorder import DEFAULT_MIN_NBYTES
 from rekindle.record.tape import Tape
@@ -40,15 +43,60 @@ def rehearse(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    device: torch.device | None = None,
-    cost: Cost,
+    device: str | torch.device | None = None,
+    cost: Literal["roofline"] | Cost = "roofline",
     loss: Loss | None = None,
     min_nbytes: int = DEFAULT_MIN_NBYTES,
 ) -> Graph:
-    fakes = Fakes(device)
+    """The graph of one training step, forward and backward from no gradients, without running it for real.
+
+    The model is not touched: a copy of it runs, with fake tensors for its parameters and buffers. It may have been made
+    on the meta device, and so may the inputs; if the model looks at what integers among these hold (an attention mask,
+    say), they must be real. The random state stays as it is. What the model returned is let go of once the loss is
+    computed.
+
+    Args:
+        model: in the mode that it is trained in.
+        args, kwargs: of its forward.
+        device: where the step is to run: "cpu", "cuda", or a device that need not be there, such as "h100" (see
+            `record.cost`). None for where the model is; for one on the meta device, the CPU.
+        cost: where the seconds of ops come from: the device's roofline, or a function of the overload, its arguments,
+            its keyword arguments and what it returned.
+        loss: what the backward pass begins from, given what the model returned. Without it that is the loss among the
+            outputs (the output itself, if it has one element), or else the sum of all floating outputs.
+        min_nbytes: activations with fewer bytes are always kept.
+
+    Raises:
+        RehearsalError: the step depends on the content of tensors, or the model cannot be copied, or nothing is known
+            about the device.
+    """
+    place = device if device is not None else _device_of(model)
+    if cost == "roofline":
+        known = find_device(place)
+        kind = known.type
+        cost = partial(_seconds, known)
+    elif callable(cost):
+        kind = "cpu" if str(place) == "cpu" else "cuda"
+    else:
+        raise RehearsalError(
+            f"cost is {cost!r}, but in a rehearsal nothing runs that could be measured. Write cost=\"roofline\", or a "
+            "function of an op, its arguments, its keyword arguments and its result."
+        )
+    here = kind == "cpu" or (torch.accelerator.is_available() and torch.accelerator.current_accelerator().type == kind)
+    fakes = Fakes(torch.device(kind if here else "cpu"), kind)
     model, args, kwargs = fakes.copy((model, tuple(args), dict(kwargs or {})))
-    stage = _Stage(fakes, cost, min_nbytes)
-    return stage.play(model, args, kwargs, loss or _loss_of)
+    with nullcontext() if here else AsOnCuda():
+        graph = _Stage(fakes, cost, min_nbytes).play(model, args, kwargs, loss or _loss_of)
+    return replace(graph, values=tuple(replace(value, device=value.device and kind) for value in graph.values))
+
+
+def _seconds(device: Device, func: Any, args: Any, kwargs: Any, result: Any) -> float:
+    return seconds(func, args, kwargs, result, device)
+
+
+def _device_of(model: torch.nn.Module) -> torch.device:
+    tensor = next((tensor for tensor in (*model.parameters(), *model.buffers())), None)
+    return torch.device("cpu") if tensor is None or tensor.device.type == "meta" else tensor.device
 
 
 class _Stage:
@@ -62,7 +110,7 @@ class _Stage:
         room = FakeRoom(fakes, cost)
         snapshots = Snapshots(ledger, room, lambda: stats)
         decisions = Decisions(None, None, snapshots, stats)
-        self._recorder = FakeRecorder(ledger, self._modules, decisions, room, min_nbytes, False)
+        self._recorder = FakeRecorder(fakes, ledger, self._modules, decisions, room, min_nbytes, False)
         replayer = Replayer(ledger, room, lambda: stats, self._modules.name_of)
         self._saved_tensors = _FakeSavedTensors(fakes, self._recorder, replayer, decisions.saved, False)
 
