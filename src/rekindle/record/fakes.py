@@ -22,7 +22,7 @@ from rekindle.record.modules import ModuleCall
 from rekindle.record.recorder import Recorder
 from rekindle.record.schema import traits_of
 from rekindle.record.sizes import made_nbytes
-from rekindle.record.torch_private import FAKE_ERRORS, FakeTensor, FakeTensorMode, constant_of, no_modes
+from rekindle.record.torch_private import FAKE_ERRORS, FakeTensor, FakeTensorMode, no_modes
 from rekindle.record.writes import written_tensors
 
 Tensor = torch.Tensor
@@ -191,9 +191,6 @@ class Contents:
         return torch.device("cpu") if isinstance(tree, torch.device) else tree
 
     def _content(self, tensor: Tensor) -> Tensor:
-        constant = constant_of(tensor)
-        if constant is not None:
-            return constant
         if not isinstance(tensor, FakeTensor):
             return tensor
         window = window_of(tensor)
@@ -274,6 +271,7 @@ class FakeRecorder(Recorder):
 
     def __init__(self, fakes: Fakes, *rest: Any) -> None:
         super().__init__(*rest)
+        self._contents = fakes.contents
         self._state_nbytes = torch.get_rng_state().nbytes if fakes.kind == "cpu" else _PHILOX
 
     def __torch_dispatch__(
@@ -281,6 +279,10 @@ class FakeRecorder(Recorder):
     ) -> Any:
         if func.namespace == "prim":  # a fake tensor being asked for its device
             return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.lift_fresh.default and not types:  # what is written out in code: torch.tensor([1, 2])
+            fake = func(*args)
+            self._contents.put(fake.untyped_storage(), args[0].untyped_storage())
+            return fake
         others = [cls for cls in types if not issubclass(cls, FakeTensor)]
         return super().__torch_dispatch__(func, others, args, kwargs)
 

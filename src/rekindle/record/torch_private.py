@@ -63,11 +63,6 @@ no_modes: Callable[[], AbstractContextManager[Any]] = _disable_current_modes
 """Runs one block outside of all modes. A fake tensor finds the mode that it belongs to by itself."""
 
 
-def constant_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The real tensor that a fake one was made of in the code of the user: `torch.tensor([1, 2])`."""
-    return getattr(tensor, "constant", None)
-
-
 @contextmanager
 def faking(mode: FakeTensorMode) -> Iterator[None]:
     """Runs one block in which ops make fake tensors.

@@ -27,7 +27,7 @@ from rekindle.record.fakes import AsOnCuda, Cost, FakeRecorder, FakeRoom, Fakes
 from rekindle.record.modules import ModuleStack
 from rekindle.record.recorder import DEFAULT_MIN_NBYTES
 from rekindle.record.tape import Tape
-from rekindle.record.torch_private import faking
+from rekindle.record.torch_private import faking, no_modes
 from rekindle.runtime.decide import Decisions
 from rekindle.runtime.hooks import SavedTensors
 from rekindle.runtime.replay import Replayer
@@ -52,7 +52,7 @@ def rehearse(
 
     The model is not touched: a copy of it runs, with fake tensors for its parameters and buffers. It may have been made
     on the meta device, and so may the inputs; if the model looks at what integers among these hold (an attention mask,
-    say), they must be real. The random state stays as it is. What the model returned is let go of once the loss is
+    say), they must be real. Call it outside of a session. The random state stays as it is. What the model returned is let go of once the loss is
     computed.
 
     Args:
@@ -122,6 +122,7 @@ class _Stage:
         self._modules.open()
         try:
             with (
+                no_modes(),
                 faking(self._fakes.mode),
                 torch.enable_grad(),
                 torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack),
@@ -154,10 +155,8 @@ class _FakeSavedTensors(SavedTensors):
 
 def _loss_of(outputs: Any) -> Tensor:
     """What the backward pass begins from, if nobody says: the loss among the outputs, or else the sum of all."""
-    if isinstance(outputs, Tensor) and outputs.numel() == 1:
-        return outputs
-    found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    if isinstance(found, Tensor):
+    found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", outputs)
+    if isinstance(found, Tensor) and found.numel() == 1 and found.requires_grad:
         return found
     sums = [tensor.sum() for tensor in _floating(outputs)]
     if not sums:
