@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 from rekindle.graph.ir import Graph
 from rekindle.graph.plan import Plan, Turn
@@ -61,7 +62,8 @@ class Simulator:
         self._overwrites = [value.overwrites for value in graph.values]
         for number, demand in enumerate(graph.demands):
             self.asked[demand.before].append(number)
-        for value, end in enumerate(_ends(graph)):
+        self._ends = _ends(graph)
+        for value, end in enumerate(self._ends):
             if end is not None:
                 self._dropped[end].append(value)
 
@@ -126,6 +128,19 @@ class Simulator:
         if history:
             history[-1] = max(history[-1], peak)
         return Timeline(tuple(history), seconds, tuple(replays))
+
+    def bare(self) -> list[int]:
+        """Bytes live while each op runs, without what we hold and recompute."""
+        ops = self.graph.ops
+        changes = [0] * (len(ops) + 1)
+        for value in self.graph.values:
+            if value.made_by is None:
+                continue
+            ends = [end for end in (self._ends[value.number], value.overwritten) if end is not None]
+            changes[value.made_by] += value.nbytes
+            changes[min([len(ops), *ends])] -= value.nbytes
+        live = list(accumulate(changes, initial=self.graph.standing))[1:]
+        return [nbytes + op.temporaries for nbytes, op in zip(live, ops, strict=False)]
 
     def missing(self, target: int, holders: list[int]) -> list[int]:
         """The ops to replay for a value, in order."""

@@ -72,7 +72,6 @@ class Recorder(TorchDispatchMode):
         self.checksums: Checksums | None = None
         self._room = room
         self._hungry = room.hungry
-        self._watched = room.watches
         self._min_nbytes = min_nbytes
         self._snapshot = snapshot
         self._storages = ledger.storages
@@ -131,7 +130,7 @@ class Recorder(TorchDispatchMode):
         call: ModuleCall,
         random: tuple[torch.Generator, Tensor] | None,
     ) -> Any:
-        if self._watched or self._room.measures or traits.name in self._hungry:
+        if self._room.watches or self._room.measures or traits.name in self._hungry:
             return self._room.run(func, args, kwargs, call, random)
         try:
             return func(*args, **kwargs)
@@ -226,6 +225,8 @@ class Recorder(TorchDispatchMode):
         if tape is not None:
             inputs = [self._value(tape, a) for a in op.inputs]
             outputs = [tape.made(a) for a in made if a is not None]
+            for tensor in tensors_in((args, tuple(kwargs.values()), result)):
+                tape.seen(tensor)
             for write, new in zip(written, made, strict=False):  # what was written comes first
                 tape.overwrites(new, write.old)
             if op.random is not None:
@@ -458,7 +459,7 @@ class Recorder(TorchDispatchMode):
         activation.weak, activation.home = weakref.ref(tensor), storage._cdata
         activation.version = tensor._version
         self.ledger.track(storage, activation, nbytes)
-        if not why and self.keeper.makes and self.keeper.made(traits.name, call):
+        if not why and self.keeper.makes and self.keeper.made(traits.name, activation):
             activation.is_checkpoint = True
         made.append(activation)
         return weakref.ref(activation)
@@ -496,7 +497,7 @@ class Recorder(TorchDispatchMode):
             source = tensor if write.watch is None else write.watch
             new = Activation(op, window_of(source), old.nbytes, op.call)
             new.watch(source)
-            new.is_checkpoint = self.keeper.makes and self.keeper.made(str(op.func), op.call)
+            new.is_checkpoint = self.keeper.makes and self.keeper.made(str(op.func), new)
         op.writes.append((None if whole else old, weakref.ref(new) if new is not None else None))
         tracked.own(new)
         tracked.value_id = -1

@@ -17,7 +17,7 @@ from rekindle.record.modules import ModuleCall
 from rekindle.record.torch_private import use_count
 
 OLDER = "made by an op of an earlier step"
-_OURS = 3  # the tensor that dies, the alias that Rekindle holds, and the Python object that asks
+_OURS = 2  # the alias that Rekindle holds, and the Python object that asks
 _bases = itertools.count()  # ids of one tape mean nothing on another
 
 
@@ -51,8 +51,8 @@ class _Asked:
 class Tape:
     """Collects ops and values as ids; `graph()` makes them a frozen `Graph`.
 
-    When user code lets go of a value is the moment its storage dies or, if Rekindle itself holds that, when the
-    recorded tensor dies: tensors that look at it through autograd keep that one alive.
+    When user code lets go of a value is the moment its storage dies or, if Rekindle itself holds that, when the last
+    other tensor that was seen to look at it dies.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -61,7 +61,8 @@ class Tape:
         self._running: list[_Asked] = []
         self._node = -1
         self._watched: dict[int, list[int]] = {}
-        self._tensors: list[weakref.ref[torch.Tensor]] = []
+        self._tensors: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._left: set[int] = set()
         self._states = self._standing = 0
         self._values: list[_Draft] = []
         self._base = next(_bases) << 32
@@ -119,10 +120,19 @@ class Tape:
         draft.evictable, draft.why_kept = not activation.why_kept, activation.why_kept
         tensor = activation.watched()
         if tensor is not None:
-            key = activation.home
-            self._watched.setdefault(key, []).append(number)
-            self._tensors.append(weakref.ref(tensor, lambda _: self._let_go(key, number)))
+            self._watched.setdefault(activation.home, []).append(number)
+            self.seen(tensor)
         return number
+
+    def seen(self, tensor: torch.Tensor) -> None:
+        """Watch for the end of a tensor that looks at a value."""
+        try:
+            key = tensor.untyped_storage()._cdata
+        except (NotImplementedError, RuntimeError):
+            return
+        if key in self._watched and id(tensor) not in self._tensors:
+            me = id(tensor)
+            self._tensors[me] = weakref.ref(tensor, lambda _: self._let_go(key, me))
 
     def overwrites(self, new: Activation | None, old: Activation) -> None:
         """Note that the op written down next wrote over `old`, and that its storage holds `new` then."""
@@ -155,6 +165,7 @@ class Tape:
 
     def asked(self, value_id: int, node: int) -> None:
         """Note that a node of the backward pass wants a value back that autograd saved."""
+        self._settle()
         self.runs(node)
         if not self._knows(value_id):
             return
@@ -162,16 +173,23 @@ class Tape:
         self._running.append(asked)
         self._demands.append(asked)
 
-    def _let_go(self, key: int, number: int) -> None:
-        """The recorded tensor of a value died: nobody but Rekindle and autograd looks at it, unless its storage says so."""
-        tracked = self._ledger.storages.get(key)
-        if tracked is None or number not in self._watched.get(key, ()):
-            return  # it died before
-        storage = tracked()
-        if tracked.lent is not None and storage is not None and use_count(storage) <= _OURS:
-            draft = self._values[number]
-            if draft.dropped is None:
-                draft.dropped = len(self._ops)
+    def _let_go(self, key: int, tensor: int) -> None:
+        """A tensor died, or is about to: its bytes are looked at when it surely is gone."""
+        del self._tensors[tensor]
+        self._left.add(key)
+
+    def _settle(self) -> None:
+        """Where the last tensor died that was not ours, user code has let go of what it looked at."""
+        left, self._left = self._left, set()
+        for key in left:
+            tracked = self._ledger.storages.get(key)
+            storage = tracked() if tracked is not None else None
+            if tracked is None or tracked.lent is None or storage is None or use_count(storage) > _OURS:
+                continue
+            for number in self._watched.get(key, ()):
+                draft = self._values[number]
+                if draft.dropped is None:
+                    draft.dropped = len(self._ops)
 
     def op(
         self,
@@ -186,6 +204,7 @@ class Tape:
     ) -> None:
         """Write one op down. `seconds` is what it took, on the clock of the host, and `temporaries` the bytes that its
         kernel allocated for itself."""
+        self._settle()
         self._standing = max(self._standing, self._ledger.leaf_nbytes)
         number = len(self._ops)
         for value in outputs:
@@ -213,6 +232,7 @@ class Tape:
 
     def graph(self, names: dict[int, str]) -> Graph:
         """The step so far. `names` gives the names of parameters and buffers by the address of their storage."""
+        self._settle()
         self.runs(-1)
         for value, key in self._leaf_keys.items():
             self._values[value].name = names.get(key, "")

@@ -23,6 +23,7 @@ from rekindle.record.torch_private import (
 if TYPE_CHECKING:
     from rekindle.record.recorder import Recorder
     from rekindle.record.seams import Checksums
+    from rekindle.runtime.follow import Follower
     from rekindle.runtime.replay import Replayer
 
 
@@ -68,6 +69,7 @@ class SavedTensors:
         """`saved(activation, call)` decides whether one that autograd saves now is held from now on; `snapshot` says
         that what is saved survives an in-place write."""
         self.checksums: Checksums | None = None
+        self.follower: Follower | None = None  # of the step, if a plan says what to hold and let go of
         self._snapshot = snapshot
         self._recorder = recorder
         self._storages = recorder.ledger.storages
@@ -127,13 +129,17 @@ class SavedTensors:
             self._graph_task = graph_task
             when_backward_ends(self._replayer.release_retained)
         packed.graph_task = graph_task
+        follower = self.follower
+        turn = follower.asked(activation) if follower is not None else None
         base = activation.base()
         if base is None:
-            base = self._replayer.bring_back(activation, graph_task)
+            base = self._replayer.bring_back(activation, graph_task, turn)
         if self.checksums is not None:
             self.checksums.compare(activation, base, saved=True)
         tensor = self._look(base, packed.window)
-        if activation.retained and not activation.pending(graph_task):
+        if turn is not None and follower is not None:
+            follower.drop(turn)
+        elif activation.retained and not activation.pending(graph_task):
             self._replayer.leave(activation)
         return tensor
 
@@ -151,6 +157,7 @@ class SavedTensors:
         activation.add_handle(handle)
         if recorder.tape is not None:
             recorder.tape.saved(activation, call)
+            recorder.tape.seen(tensor)
         if self.checksums is not None:
             self.checksums.compare(activation, tensor, saved=True)
         wanted = activation.op is None or activation.is_checkpoint

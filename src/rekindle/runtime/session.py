@@ -14,7 +14,7 @@ import torch
 from rekindle._bytes import Amount, format_bytes, parse_bytes
 from rekindle._errors import SessionError, UnknownTensor, UnsupportedContext
 from rekindle.graph import Graph, Plan
-from rekindle.policy import Decider, KeepAll, PerModule, PolicyLike, check_policy, decider_of, make_plan
+from rekindle.policy import Decider, KeepAll, PerModule, PolicyLike, check_policy, decider_of
 from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Ledger
 from rekindle.record.modules import ModuleStack
@@ -24,8 +24,8 @@ from rekindle.record.torch_private import hooks_refused, in_func_transform
 from rekindle.runtime.checksums import Checksums
 from rekindle.runtime.decide import Decisions
 from rekindle.runtime.eviction import Eviction, EvictionPolicy, Evictor, Sweep
-from rekindle.runtime.follow import PlanCache
 from rekindle.runtime.hooks import SavedTensors
+from rekindle.runtime.learn import Learner
 from rekindle.runtime.pressure import Level, Pressure, default_reader, read_budget
 from rekindle.runtime.replay import Replayer
 from rekindle.runtime.room import Room
@@ -89,9 +89,8 @@ class Session:
         self._entry_nbytes = 0
         self._thread: int | None = None
         self._stack: ExitStack | None = None
-        self._plans = PlanCache()
+        self._learner = Learner(policy, self.memory_budget)
         self._graph: Graph | None = None
-        self._record_next = True
         self._marks = False
         self._may_rest = memory_budget is None and pressure is None and inplace == "strict" and not verify
         me = weakref.ref(self)
@@ -111,7 +110,7 @@ class Session:
                 session._meet(module)
 
         ledger = self._ledger = Ledger(on_death)
-        watches = self.memory_budget is not None or pressure is not None
+        watches = self._watches = self.memory_budget is not None or pressure is not None
         self.modules = ModuleStack(on_root if watches else None)
         self._pressure = (
             Pressure(default_reader(lambda: ledger.total_nbytes, self.memory_budget)) if pressure is None else pressure
@@ -147,9 +146,12 @@ class Session:
 
     def _open(self) -> None:
         self._recorder.keeper = self._decisions = self._new_decisions()
-        self._recorder.tape = tape = Tape(self._ledger) if self._record_next else None
+        self._recorder.tape = tape = Tape(self._ledger) if self._learner.records else None
         self._ledger.on_end = tape.died if tape is not None else None
-        self._room.measures = self._record_next
+        self._room.measures = tape is not None
+        follower = self._decisions.follower
+        self._saved_tensors.follower = follower
+        self._room.watches = self._watches and (self.policy is not None or follower is None)
         with ExitStack() as stack:
             self.modules.open()
             stack.callback(self.modules.close)
@@ -175,8 +177,7 @@ class Session:
                 self._learn(tape)
         finally:
             self._recorder.cut()
-        if self._decisions.follower is not None and self._decisions.follower.departed:
-            self._record_next = True
+        self._learner.ended(self._decisions.follower)
         if isinstance(error, RuntimeError) and "saved tensor hooks" in str(error) and "torch.func" in str(error):
             raise UnsupportedContext(
                 "torch.func transforms (grad, vjp, jacrev, hessian) refuse saved-tensor hooks, so they cannot run "
@@ -218,16 +219,19 @@ class Session:
 
     def _new_decisions(self) -> Decisions:
         decider: Decider | None = decider_of(self.policy) if self.policy is not None else None
-        follower = None
-        if decider is None and self.policy is not None:
-            follower = self._plans.follow()
+        follower = self._learner.follow()
+        if follower is not None and self.policy is None:
+            follower.on_departure = self._go_on_line
         return Decisions(decider, follower, self.snapshots, self._step)
+
+    def _go_on_line(self) -> None:
+        """Make room op by op: the step is not the planned one."""
+        self._room.watches = self._watches
+        self._step.departures += 1
 
     def _learn(self, tape: Tape) -> None:
         graph = self._graph = tape.graph(self.modules.names())
-        if self.policy is not None and decider_of(self.policy) is None:
-            self._plans.add(graph, make_plan(self.policy, graph))
-        self._record_next = False
+        self._learner.learn(graph, self._ledger.leaf_nbytes + self._ledger.peak_nbytes)
         if isinstance(self.policy, PerModule) and (unmatched := self.policy.unmatched(graph)):
             warnings.warn(
                 f"{self.policy!r}: no module that ran is meant by {', '.join(map(repr, unmatched))}, so nothing is "
@@ -237,7 +241,7 @@ class Session:
 
     def _rests(self) -> bool:
         """Whether nothing has to be recorded in this step: all is kept, and nobody asked for more."""
-        return isinstance(self.policy, KeepAll) and self._may_rest and not self._record_next and not self._marks
+        return isinstance(self.policy, KeepAll) and self._may_rest and not self._learner.records and not self._marks
 
     def _meet(self, module: torch.nn.Module) -> None:
         """Know the bytes of parameters, gradients and buffers before an op reads them."""
@@ -336,8 +340,9 @@ class Session:
 
     @property
     def plan(self) -> Plan | None:
-        """The newest plan, for policies that plan from the graph of a step."""
-        return self._plans.planned[0].plan if self._plans.planned else None
+        """The newest plan, for a budget and for policies that plan from the graph of a step."""
+        planned = self._learner.plans.planned
+        return planned[0].plan if planned else None
 
     def __repr__(self) -> str:
         budget = "" if self.memory_budget is None else f", memory_budget={format_bytes(self.memory_budget)!r}"
