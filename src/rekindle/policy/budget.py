@@ -90,6 +90,10 @@ class Planner:
         """The smallest budget for which there is a plan."""
         return min(self._least(frame) for frame in self._frames)
 
+    def fits(self, budget: int) -> bool:
+        """Whether there is a plan within the budget. Takes less time than to make it."""
+        return self.full <= budget or any(self._least(frame) <= budget for frame in self._frames)
+
     def bound(self, budget: int) -> float:
         """Seconds of recomputation that no plan within the budget does without."""
         live = self._everything.timeline.live
