@@ -49,8 +49,8 @@ def parse_budget(amount: Amount) -> int | float | Literal["auto"]:
         return amount
     if not math.isfinite(amount) or amount <= 0:
         raise BytesError(
-            f'{amount!r} is no memory at all. Write an amount such as "6GiB", or a share of the device\'s memory such as '
-            "0.9."
+            f'{amount!r} is no memory at all. Write an amount such as "6GiB", or a share such as 0.9 of the memory of '
+            "the device."
         )
     meant = f'"{amount:g}GiB"' if amount < 1 << 20 else f"{int(amount)} (a whole number of bytes)"
     raise BytesError(

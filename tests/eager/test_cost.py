@@ -38,7 +38,18 @@ FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.defau
         (ran(aten.addmm.default, meta(7), meta(3, 5), meta(5, 7)), 2 * 3 * 5 * 7),
         (ran(aten.bmm.default, meta(2, 3, 5), meta(2, 5, 7)), 2 * 2 * 3 * 5 * 7),
         (
-            ran(aten.convolution.default, meta(2, 3, 8, 8), meta(4, 3, 3, 3), None, [1, 1], [1, 1], [1, 1], False, [0], 1),
+            ran(
+                aten.convolution.default,
+                meta(2, 3, 8, 8),
+                meta(4, 3, 3, 3),
+                None,
+                [1, 1],
+                [1, 1],
+                [1, 1],
+                False,
+                [0],
+                1,
+            ),
             2 * 2 * 4 * 64 * 27,
         ),
         (ran(FLASH, meta(*Q), meta(*K), meta(*K)), ATTENTION),
@@ -52,7 +63,7 @@ FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.defau
     ids=["mm", "addmm", "bmm", "convolution", "attention", "attention backward", "add", "item"],
 )
 def test_flops(op: tuple[Any, ...], expected: int) -> None:
-    """Products count two for each multiplication, attention two products forward and five backward, the rest nothing."""
+    """Products count two for each multiplication, attention two products forward and five backward, others nothing."""
     assert flops(*op) == expected
 
 

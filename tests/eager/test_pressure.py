@@ -344,9 +344,7 @@ def files(monkeypatch: pytest.MonkeyPatch, **contents: str) -> None:
         ({"limit": "40960\n", "usage": "8192\n"}, 32 << 10),
     ],
 )
-def test_free_memory_of_the_machine(
-    monkeypatch: pytest.MonkeyPatch, contents: dict[str, str], free: int
-) -> None:
+def test_free_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch, contents: dict[str, str], free: int) -> None:
     """What is free on a CPU is what the system says, within what the control group leaves."""
     monkeypatch.setattr(module, "_accelerator", lambda: None)
     files(monkeypatch, **contents)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rekindle
 from helpers import Layer, live_activations, small_batch, small_model
 from rekindle import RehearsalError
-from rekindle.graph import Graph, verify_graph
+from rekindle.graph import Graph
 from rekindle.runtime.rehearse import rehearse
 from watch import modes
 

@@ -82,15 +82,17 @@ def test_copies_of_bias_gradients() -> None:
 def test_routing_by_data_is_refused(entry: zoo.Entry) -> None:
     """A mixture of experts sends tokens where their content says: the error names the op and the module, and what to do
     instead."""
-    with pytest.raises(rekindle.RehearsalError, match=r"aten\.\w+\.default in module 'model.layers.0.mlp.experts'") as e:
+    with pytest.raises(
+        rekindle.RehearsalError, match=r"aten\.\w+\.default in module 'model.layers.0.mlp.experts'"
+    ) as e:
         rehearsed(entry)
     assert "rekindle.Session(memory_budget=...)" in str(e.value)
 
 
 @each_model
 def test_on_a_gpu_that_is_not_there(entry: zoo.Entry) -> None:
-    """For a CUDA device attention takes the fused kernels and dropout the fused op, values are on it, and no more memory
-    is needed than on the CPU."""
+    """For a CUDA device attention takes the fused kernels and dropout the fused op, values are on it, and no more
+    memory is needed than on the CPU."""
     cpu, cuda = rehearsed(entry), rehearsed(entry, "h100")
     names = {op.name for op in cuda.ops}
     assert not any("for_cpu" in name or "_safe_softmax" in name for name in names)

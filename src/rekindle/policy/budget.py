@@ -91,8 +91,10 @@ class Planner:
         return min(self._least(frame) for frame in self._frames)
 
     def fits(self, budget: int) -> bool:
-        """Whether there is a plan within the budget. Takes less time than to make it."""
-        return self.full <= budget or any(self._least(frame) <= budget for frame in self._frames)
+        """Whether there is a plan within the budget."""
+        if self.full <= budget or any(self._least(frame) <= budget for frame in self._frames):
+            return True
+        return self._find(budget) is not None
 
     def bound(self, budget: int) -> float:
         """Seconds of recomputation that no plan within the budget does without."""

@@ -13,8 +13,8 @@ arguments and results, each moved once. Rates are published ones, without sparsi
 * CPU: for each thread 32 FLOP a cycle of float32 at 3 GHz (two AVX2 units, Intel's optimization manual, section 2), and
   two channels of DDR4-3200 (JEDEC JESD79-4), of which one thread gets no more than twelve cache lines every 80 ns.
 
-Regime: tells dear ops from cheap ones; to choose what to recompute no more is needed. What is recorded in a real step has
-measured seconds instead.
+Regime: tells dear ops from cheap ones; to choose what to recompute no more is needed. What is recorded in a real step
+has measured seconds instead.
 Known gaps: no kernel reaches the peak. Causal attention counts as full. Caches are not modelled.
 """
 
@@ -64,7 +64,9 @@ class Device:
         return self.flops.get(dtype, self.flops["float32"])
 
 
-def _gpu(name: str, gigabytes: float, bandwidth: float, half: float, tf32: float, single: float, double: float) -> Device:
+def _gpu(
+    name: str, gigabytes: float, bandwidth: float, half: float, tf32: float, single: float, double: float
+) -> Device:
     tera = {"float16": half, "bfloat16": half, "tf32": tf32, "float32": single, "float64": double}
     return Device(
         name, "cuda", int(gigabytes * 1e9), bandwidth * 1e9, {key: rate * 1e12 for key, rate in tera.items()}, 5e-6
@@ -80,12 +82,12 @@ DEVICES: dict[str, Device] = {
         _gpu("rtx4090", 24, 1008, half=165.2, tf32=82.6, single=82.6, double=1.29),
     )
 }
-"""The devices that can be planned for without being there. Gigabytes are taken as powers of ten, which leaves some room
-for what the driver keeps."""
+"""The devices that can be planned for without being there. Gigabytes are taken as powers of ten, which leaves some
+room for what the driver keeps."""
 
 
 def find_device(device: str | torch.device) -> Device:
-    """What the device of that name can do: a name from `DEVICES` in any spelling, "cpu", or an accelerator that is here.
+    """What the device of that name can do: one from `DEVICES` in any spelling, "cpu", or an accelerator that is here.
 
     Raises:
         RehearsalError: nothing is known about it.
@@ -113,7 +115,7 @@ def seconds(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: A
 
 
 def flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
-    """Floating-point operations of an op that multiplies matrices in some way; 0 for all others, which memory bounds."""
+    """Floating-point operations of an op that multiplies matrices in some way; 0 for others, which memory bounds."""
     name = _name(func)
     if name.startswith(_ATTENTION):
         backward = name.endswith("backward")

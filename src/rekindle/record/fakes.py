@@ -22,7 +22,14 @@ from rekindle.record.modules import ModuleCall
 from rekindle.record.recorder import Recorder
 from rekindle.record.schema import traits_of
 from rekindle.record.sizes import made_nbytes
-from rekindle.record.torch_private import FAKE_ERRORS, FakeTensor, FakeTensorMode, no_modes
+from rekindle.record.torch_private import (
+    FAKE_ERRORS,
+    FakeTensor,
+    FakeTensorMode,
+    efficient_attention,
+    flash_attention,
+    no_modes,
+)
 from rekindle.record.writes import written_tensors
 
 Tensor = torch.Tensor
@@ -204,7 +211,7 @@ def _may_be_known(tensor: Tensor) -> bool:
 def _tensor(storage: torch.UntypedStorage, window: Window) -> Tensor:
     """The plain tensor that is a window onto a storage, but for what it does lazily."""
     size, stride, offset, dtype = window[:4]
-    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, size, stride)  # type: ignore[call-overload, no-any-return]
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, size, stride)
 
 
 def _lazy(tensor: Tensor, window: Window) -> Tensor:
@@ -243,10 +250,8 @@ def _cuda_attention(
     """Flash attention for short floats without a mask, else the memory-efficient kernel, as PyTorch prefers them."""
     flash = attn_mask is None and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
     if flash and query.shape[-1] % 8 == 0:
-        found = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale
-        )
-        return found[0]  # type: ignore[no-any-return]
+        out: Tensor = flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        return out
     if enable_gqa and (groups := query.shape[-3] // key.shape[-3]) > 1:
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
     bias = attn_mask
@@ -254,10 +259,9 @@ def _cuda_attention(
         if bias.dtype is torch.bool:
             bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, -torch.inf)
         bias = bias.expand(*query.shape[:-1], key.shape[-2])
-    found = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, query.requires_grad or key.requires_grad, dropout_p, is_causal, scale=scale
-    )
-    return found[0]  # type: ignore[no-any-return]
+    saves = query.requires_grad or key.requires_grad or value.requires_grad
+    out = efficient_attention(query, key, value, bias, saves, dropout_p, is_causal, scale=scale)[0]
+    return out
 
 
 def _cuda_dropout(func: Any, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -299,7 +303,7 @@ class FakeRecorder(Recorder):
         named.update(op.kwargs)
         if not named.get("train", True) or not named.get("training", True):
             return False
-        return named.get("dropout_p", 1) != 0 and named.get("dropout", 1) != 0
+        return not any(named.get(name) == 0 for name in ("dropout_p", "dropout"))
 
 
 class FakeRoom:

@@ -173,8 +173,8 @@ def _results(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int | No
 
 
 def made_nbytes(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> int:
-    """Bytes of the new storages that an op of the CPU returned on fake tensors. Where its kernel would return larger ones
-    than the shape function says, they are made as large."""
+    """Bytes of the new storages that an op of the CPU returned on fake tensors. Where its kernel would return larger
+    ones than the shape function says, they are made as large."""
     read = {tensor.untyped_storage()._cdata for tensor in (*tensors_of(args), *tensors_of(kwargs.values()))}
     made = [tensor for tensor in tensors_of([result]) if tensor.untyped_storage()._cdata not in read]
     if made and _name(func) in _LOSSES:

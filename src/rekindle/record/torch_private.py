@@ -20,6 +20,7 @@ version which breaks one fails there first.
 * Disabled hooks. Code that cannot bear saved-tensor hooks disables them, and says why to whoever asks.
 * Nodes. The engine knows which node of the graph it is running, and nodes have numbers.
 * Fake tensors. A step without bytes: they are what PyTorch's own compiler traces with, and have no public home.
+* Fused attention. Which kernel a CUDA device takes is decided by a device that may not be there.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ def current_node() -> int:
     return int(node._sequence_nr()) if node is not None else -1
 
 
+flash_attention: Callable[..., Any] = torch.ops.aten._scaled_dot_product_flash_attention.default
+"""The attention of CUDA devices for short floats without a mask. Its first result is the output."""
+efficient_attention: Callable[..., Any] = torch.ops.aten._scaled_dot_product_efficient_attention.default
+"""The attention of CUDA devices for all else. Its first result is the output."""
 FAKE_ERRORS = (
     fake_tensor.DataDependentOutputException,
     fake_tensor.DynamicOutputShapeException,

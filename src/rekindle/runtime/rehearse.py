@@ -1,12 +1,14 @@
-"""A step on fake tensors: the graph that a recorded step gives, without memory for weights or activations, and without
-the device.
+"""A step on fake tensors: the graph that a recorded step gives, without memory for weights or activations, and
+without the device.
 
 Problem: a plan is wanted before anything is run for real: for a device that is not there, for a batch that may not fit.
 Source: PyTorch's fake tensors run the same Python and the same dispatch as plain ones, down to the choice of kernels.
-Regime: the same ops, values and demands as recorded for real on the CPU; `tests/models/test_rehearse.py` says for which
-models, and what differs. Seconds are told by a roofline, temporaries of kernels by the bounds in `record.kernels`.
-Known gaps: steps that depend on data, such as routing tokens to experts, cannot be rehearsed. For an accelerator that is
-not there, ops are those of the CPU, but for attention; their kernels' temporaries are not known.
+Regime: the same ops, values and demands as recorded for real on the CPU; `tests/models/test_rehearse.py` says for
+which models, and what differs. Seconds are told by a roofline, temporaries by the bounds in `record.kernels`, which are
+those of one thread.
+Known gaps: steps that depend on data, such as routing tokens to experts, cannot be rehearsed, unless it is on integers
+among the inputs. For an accelerator that is not there ops are those of the CPU but for attention and dropout,
+temporaries of kernels are not known, and autocast is to be that of the CPU.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ def rehearse(
 
     The model is not touched: a copy of it runs, with fake tensors for its parameters and buffers. It may have been made
     on the meta device, and so may the inputs; if the model looks at what integers among these hold (an attention mask,
-    say), they must be real. Call it outside of a session. The random state stays as it is. What the model returned is let go of once the loss is
-    computed.
+    say), they must be real. The random state stays as it is. What the model returned is let go of once the loss is
+    computed. Call it outside of a session.
 
     Args:
         model: in the mode that it is trained in.
@@ -79,10 +81,10 @@ def rehearse(
         kind = "cpu" if str(place) == "cpu" else "cuda"
     else:
         raise RehearsalError(
-            f"cost is {cost!r}, but in a rehearsal nothing runs that could be measured. Write cost=\"roofline\", or a "
+            f'cost is {cost!r}, but in a rehearsal nothing runs that could be measured. Write cost="roofline", or a '
             "function of an op, its arguments, its keyword arguments and its result."
         )
-    here = kind == "cpu" or (torch.accelerator.is_available() and torch.accelerator.current_accelerator().type == kind)
+    here = kind in ("cpu", str(torch.accelerator.current_accelerator(check_available=True)).partition(":")[0])
     fakes = Fakes(torch.device(kind if here else "cpu"), kind)
     model, args, kwargs = fakes.copy((model, tuple(args), dict(kwargs or {})))
     with nullcontext() if here else AsOnCuda():
