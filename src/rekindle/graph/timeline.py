@@ -11,15 +11,15 @@ that asked for it is done, though some let go of it before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from rekindle.graph.ir import Graph
 from rekindle.graph.plan import Plan, Turn
 
-_USER, _OURS = 1, 2  # who holds a value; a node of the backward pass holds by steps of _NODE
-_NODE = 4
+_USER, _OURS = 1, 2  # who holds a value
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,77 +57,51 @@ class Simulator:
         self.evictable = [value.evictable for value in graph.values]
         self.sources = [[v for v in op.inputs if graph.values[v].evictable] for op in graph.ops]
         self.asked: list[list[int]] = [[] for _ in range(len(graph.ops) + 1)]
-        self._handed: list[list[int]] = [[] for _ in range(len(graph.ops) + 1)]
-        self._dropped: list[list[int]] = [[] for _ in range(len(graph.ops) + 1)]
-        self._overwrites = [value.overwrites for value in graph.values]
+        self.dropped: list[list[int]] = [[] for _ in range(len(graph.ops) + 1)]
+        self.overwrites = [value.overwrites for value in graph.values]
         for number, demand in enumerate(graph.demands):
             self.asked[demand.before].append(number)
-        self._ends = _ends(graph)
+        self._ends = ends(graph)
         for value, end in enumerate(self._ends):
             if end is not None:
-                self._dropped[end].append(value)
+                self.dropped[end].append(value)
 
-    def run(self, plan: Plan) -> Timeline:
-        """The step under a plan."""
+    def run(self, plan: Plan, limit: float = math.inf) -> Timeline | None:
+        """The step under a plan; None if more than `limit` bytes are live at any moment."""
         turns = plan.turns or default_turns(self.graph)
-        return self.play(plan.kept, lambda demand, _: turns[demand])
+        return self.play(plan.kept, lambda demand, _: turns[demand], limit)
 
-    def play(self, kept: Iterable[int], turn: Callable[[int, list[int]], Turn]) -> Timeline:
+    def play(
+        self, kept: Iterable[int], turn: Callable[[int, list[int]], Turn], limit: float = math.inf
+    ) -> Timeline | None:
         """The step with `kept` checkpoints, where `turn(demand, ops)` says what to hold and let go of when `ops` are
-        replayed for a demand."""
-        graph, nbytes, made_by, overwrites = self.graph, self.nbytes, self.made_by, self._overwrites
-        holders = [0] * len(nbytes)
-        keeps = bytearray(len(nbytes))
-        for value in kept:
-            keeps[value] = 1
-        live, peak, seconds = graph.standing, 0, 0.0
+        replayed for a demand. None if more than `limit` bytes are live at any moment."""
+        step = _Step(self, kept)
         history: list[int] = []
-        replays: list[tuple[int, ...]] = [()] * len(graph.demands)
-        for number in range(len(graph.ops) + 1):
-            peak = live
-            for value in self._dropped[number]:
-                if holders[value] & _USER:
-                    holders[value] -= _USER
-                    if not holders[value]:
-                        live -= nbytes[value]
-            for value in self._handed[number]:
-                holders[value] -= _NODE
-                if not holders[value]:
-                    live -= nbytes[value]
-            self._handed[number] = []
+        replays: list[tuple[int, ...]] = [()] * len(self.graph.demands)
+        for number in range(len(self.graph.ops) + 1):
+            step.begin(number)
             for position in self.asked[number]:
-                demand = graph.demands[position]
-                value = demand.value
-                if made_by[value] is None or not self.evictable[value]:
+                value = self.graph.demands[position].value
+                if not self.evictable[value]:
                     continue
-                ops: list[int] = [] if holders[value] & 3 else self.missing(value, holders)
+                ops = [] if step.holders[value] else self.missing(value, step.holders)
                 decided = turn(position, ops)
                 if ops:
                     replays[position] = tuple(ops)
-                    live, high, took = self._replay(value, ops, decided.retained, holders, live)
-                    peak, seconds = max(peak, high), seconds + took
-                if demand.until > number:
-                    holders[value] += _NODE
-                    self._handed[demand.until].append(value)
+                    step.replay(value, ops, decided.retained)
+                if self.graph.demands[position].until > number:
+                    step.hand_over(value, self.graph.demands[position].until)
                 for other in decided.dropped:
-                    if holders[other] & _OURS:
-                        holders[other] -= _OURS
-                        if not holders[other]:
-                            live -= nbytes[other]
-            if number == len(graph.ops):
-                break
-            op = graph.ops[number]
-            for value in op.outputs:
-                old = overwrites[value]
-                if old is not None and holders[old]:
-                    live -= nbytes[old]
-                    holders[old] = 0
-                live += nbytes[value]
-                holders[value] = _USER + _OURS if keeps[value] else _USER
-            history.append(max(peak, live + op.temporaries))
+                    step.let_go(other, _OURS)
+            if number < len(self.graph.ops):
+                step.run(number)
+                history.append(step.peak)
+            if step.peak > limit:
+                return None
         if history:
-            history[-1] = max(history[-1], peak)
-        return Timeline(tuple(history), seconds, tuple(replays))
+            history[-1] = max(history[-1], step.peak)
+        return Timeline(tuple(history), step.seconds, tuple(replays))
 
     def bare(self) -> list[int]:
         """Bytes live while each op runs, without what we hold and recompute."""
@@ -142,7 +116,7 @@ class Simulator:
         live = list(accumulate(changes, initial=self.graph.standing))[1:]
         return [nbytes + op.temporaries for nbytes, op in zip(live, ops, strict=False)]
 
-    def missing(self, target: int, holders: list[int]) -> list[int]:
+    def missing(self, target: int, holders: Sequence[int]) -> list[int]:
         """The ops to replay for a value, in order."""
         ops: set[int] = set()
         stack = [target]
@@ -151,53 +125,116 @@ class Simulator:
             assert number is not None
             if number not in ops:
                 ops.add(number)
-                stack += [source for source in self.sources[number] if not holders[source] & 3]
+                stack += [source for source in self.sources[number] if not holders[source]]
         return sorted(ops)
 
-    def _replay(
-        self, target: int, ops: list[int], retained: frozenset[int], holders: list[int], live: int
-    ) -> tuple[int, int, float]:
-        """Replay ops. Returns the bytes live afterwards, the most on the way, and the seconds."""
-        nbytes, overwrites = self.nbytes, self._overwrites
+
+class _Step:
+    """What is live while a step is played.
+
+    Attributes:
+        holders: who holds each value: user code, we, or both.
+        live: bytes.
+        peak: the most of them since the last op.
+        seconds: of replays.
+    """
+
+    def __init__(self, simulator: Simulator, kept: Iterable[int]) -> None:
+        self._simulator = simulator
+        self._nbytes = simulator.nbytes
+        self._keeps = bytearray(len(simulator.nbytes))
+        for value in kept:
+            self._keeps[value] = 1
+        self.holders = bytearray(len(simulator.nbytes))
+        self.live = self.peak = simulator.graph.standing
+        self.seconds = 0.0
+        self._nodes: dict[int, int] = {}  # how many nodes have each value in hand
+        self._orphans: dict[int, int] = {}  # storages of it that only they still hold
+        self._handed: dict[int, list[int]] = {}
+
+    def begin(self, number: int) -> None:
+        """What goes before an op and its demands."""
+        self.peak = self.live
+        for value in self._simulator.dropped[number]:
+            self.let_go(value, _USER)
+        for value in self._handed.pop(number, ()):
+            self._nodes[value] -= 1
+            if not self._nodes[value]:
+                self.live -= self._orphans.pop(value, 0) * self._nbytes[value]
+
+    def let_go(self, value: int, who: int) -> None:
+        """One of its holders lets go of a value."""
+        if not self.holders[value] & who:
+            return
+        self.holders[value] -= who
+        if self.holders[value]:
+            return
+        if self._nodes.get(value):
+            self._orphans[value] = self._orphans.get(value, 0) + 1
+        else:
+            self.live -= self._nbytes[value]
+
+    def hand_over(self, value: int, until: int) -> None:
+        """A node of the backward pass has a value in hand until an op."""
+        self._nodes[value] = self._nodes.get(value, 0) + 1
+        self._handed.setdefault(until, []).append(value)
+
+    def run(self, number: int) -> None:
+        """An op of the step itself."""
+        op = self._simulator.graph.ops[number]
+        for value in op.outputs:
+            old = self._simulator.overwrites[value]
+            if old is not None and self.holders[old]:
+                self.live -= self._nbytes[old]
+                self.holders[old] = 0
+            self.live += self._nbytes[value]
+            self.holders[value] = _USER + _OURS if self._keeps[value] else _USER
+        self.peak = max(self.peak, self.live + op.temporaries)
+
+    def replay(self, target: int, ops: list[int], retained: frozenset[int]) -> None:
+        """Ops are repeated for a value."""
+        nbytes, holders, sources = self._nbytes, self.holders, self._simulator.sources
         uses: dict[int, int] = {}
         for number in ops:
-            for source in self.sources[number]:
-                if not holders[source] & 3:
+            for source in sources[number]:
+                if not holders[source]:
                     uses[source] = uses.get(source, 0) + 1
-        peak, seconds = live, 0.0
+        live, peak = self.live, self.peak
         there: set[int] = set()
         for number in ops:
-            op = self.graph.ops[number]
+            op = self._simulator.graph.ops[number]
             for value in op.outputs:
-                old = overwrites[value]
+                old = self._simulator.overwrites[value]
                 if old is not None and old in there and uses[old] == 1 and old not in retained:
                     there.discard(old)  # the op may have the original
                     live -= nbytes[old]
                 live += nbytes[value]
             peak = max(peak, live + op.temporaries)
-            seconds += op.seconds
+            self.seconds += op.seconds
             for value in op.outputs:
-                if (value in retained or value == target) and not holders[value] & 3:
-                    holders[value] += _OURS
+                if (value in retained or value == target) and not holders[value]:
+                    holders[value] = _OURS
                     if value in uses:
                         there.add(value)
                 elif uses.get(value):
                     there.add(value)
                 else:
                     live -= nbytes[value]
-            for source in self.sources[number]:
+            for source in sources[number]:
                 if source in uses:
                     uses[source] -= 1
                     if not uses[source] and source in there:
                         there.discard(source)
-                        if not holders[source] & 3:
+                        if not holders[source]:
                             live -= nbytes[source]
-        return live, peak, seconds
+        self.live, self.peak = live, peak
 
 
 def simulate(graph: Graph, plan: Plan) -> Timeline:
     """What is live at each op of a step, and what is recomputed, under `plan`."""
-    return Simulator(graph).run(plan)
+    timeline = Simulator(graph).run(plan)
+    assert timeline is not None  # there is no limit
+    return timeline
 
 
 def default_turns(graph: Graph) -> tuple[Turn, ...]:
@@ -212,7 +249,7 @@ def default_turns(graph: Graph) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _ends(graph: Graph) -> list[int | None]:
+def ends(graph: Graph) -> list[int | None]:
     """For each value, the op before which it is gone, as far as not we hold it; None for what stays.
 
     What is not evictable stays as long as something may be recomputed from it.
@@ -224,10 +261,10 @@ def _ends(graph: Graph) -> list[int | None]:
         latest = max((wanted[value] for value in op.outputs), default=0)
         for value in op.inputs:
             wanted[value] = max(wanted[value], latest)
-    ends: list[int | None] = []
+    found: list[int | None] = []
     for each in graph.values:
         if each.made_by is None or each.dropped is None:
-            ends.append(None)
+            found.append(None)
         else:
-            ends.append(each.dropped if each.evictable else max(each.dropped, wanted[each.number]))
-    return ends
+            found.append(each.dropped if each.evictable else max(each.dropped, wanted[each.number]))
+    return found

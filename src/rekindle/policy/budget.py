@@ -18,7 +18,7 @@ from itertools import pairwise
 
 from rekindle._bytes import format_bytes
 from rekindle._errors import BudgetInfeasible
-from rekindle.graph import Forecast, Graph, Plan, Simulator, Timeline
+from rekindle.graph import Forecast, Graph, Plan, Simulator, Timeline, simulate
 from rekindle.policy.cuts import Corner, Cuts
 from rekindle.policy.frames import Frame, Sites
 from rekindle.policy.schedule import schedule
@@ -65,7 +65,7 @@ class Planner:
         self._frames = list(self._sites.frames())
         self._corners: dict[tuple[int, ...], list[Corner]] = {}
         keep_all = Plan(frozenset(self._wanted) - self._barred)
-        self._everything = _Candidate(keep_all, self.simulator.run(keep_all))
+        self._everything = _Candidate(keep_all, simulate(graph, keep_all))
         self._bare = self.simulator.bare()
 
     @property
@@ -162,14 +162,14 @@ class Planner:
     def _try(self, frame: Frame, kept: frozenset[int], budget: int) -> _Candidate | None:
         for reuse in (True, False):
             plan = schedule(self.simulator, self._sites, frame, kept | self._held(frame), reuse)
-            timeline = self.simulator.run(plan)
-            if timeline.peak <= budget:
+            timeline = self.simulator.run(plan, budget)
+            if timeline is not None:
                 return _Candidate(plan, timeline)
         return None
 
     def _least(self, frame: Frame) -> int:
         plan = schedule(self.simulator, self._sites, frame, self._held(frame), False)
-        return self.simulator.run(plan).peak
+        return simulate(self.graph, plan).peak
 
     def _held(self, frame: Frame) -> frozenset[int]:
         crossing = frozenset[int]().union(*(self._sites.crossing[cut] for cut in frame.held[-1]))

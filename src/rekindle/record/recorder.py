@@ -18,6 +18,7 @@ from rekindle.record.seams import Checksums, Keeper, Room
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import (
     alias,
+    conjugating,
     current_graph_task,
     current_node,
     never_compile,
@@ -32,6 +33,7 @@ from rekindle.record.writes import (
     seen_handles,
     spare,
     tensors_in,
+    uncounted_target,
     watch_of,
     written_tensors,
 )
@@ -79,6 +81,7 @@ class Recorder(TorchDispatchMode):
         self._unsettled: list[weakref.ref[Any]] = []
         self._graph_task = -1
         self._ask_reads = False
+        self._to_hold: list[tuple[Activation, Tensor]] = []
 
     def cut(self) -> None:
         """Make every value there is a leaf for the ops to come: a forward never reaches back into an older one."""
@@ -130,6 +133,9 @@ class Recorder(TorchDispatchMode):
         call: ModuleCall,
         random: tuple[torch.Generator, Tensor] | None,
     ) -> Any:
+        if traits.conjugates:
+            with conjugating():
+                return self._room.run(func, args, kwargs, call, random)
         if self._room.watches or self._room.measures or traits.name in self._hungry:
             return self._room.run(func, args, kwargs, call, random)
         try:
@@ -169,6 +175,7 @@ class Recorder(TorchDispatchMode):
         op.func, op.number, op.grad_mode = func, number, grad_mode
         op.call = call = self.modules.current
         op.inputs, op.outputs = [], []
+        self._to_hold.clear()
         self._ask_reads = self.keeper.reads and not backward  # backward ops run outside of all modules
         opaque = traits.opaque or (why_opaque(func, args, kwargs) if traits.check else "")
         written: list[Write] = []
@@ -187,8 +194,10 @@ class Recorder(TorchDispatchMode):
             op.random = self._state(args, kwargs)
         if written:
             op.writes = []
+            uncounted = uncounted_target(traits, args, kwargs)
             past = [former for write in written for former in self._past(write.tensors)]
             for write in written:
+                write.counted = write.tensors[0] is not uncounted
                 if not opaque and (write.old in op.inputs if write.whole else write.old.op is None):
                     opaque = OVERWRITTEN_LEAF
             for write in (*written, *past):
@@ -217,6 +226,8 @@ class Recorder(TorchDispatchMode):
         elif result is not None:
             for tensor in tensors_in(result):
                 op.outputs.append(self._output(op, traits, opaque, tensor, call, made))
+        if self._to_hold:
+            self._hold_sources(made)
         if self.checksums is not None:
             for activation in made:
                 if activation is not None and (base := activation.base()) is not None:
@@ -235,6 +246,13 @@ class Recorder(TorchDispatchMode):
                 tape.runs(current_node())
             tape.op(traits.name, inputs, outputs, call, op.seconds, backward, traits.random, self._room.temporaries)
         return result
+
+    def _hold_sources(self, made: list[Activation | None]) -> None:
+        """Hold the checkpoints that an op read, if it made anything: else they would go with the op, which nobody owns."""
+        to_hold, self._to_hold = self._to_hold, []
+        for activation, tensor in to_hold if any(made) else ():
+            if activation.held is None:
+                self.hold(activation, tensor)
 
     def _keep_random(self, op: Op, generator: torch.Generator, state: Tensor) -> None:
         """Count the bytes of the generator's state, or drop it if the op drew nothing, as attention without dropout."""
@@ -304,11 +322,10 @@ class Recorder(TorchDispatchMode):
         if activation.op is None:
             self._guard(activation, tensor, op)
         elif activation.held is None:
-            if activation.is_checkpoint:
-                self.hold(activation, tensor)
-            elif self._ask_reads and self.keeper.read(activation.call, op.call):
+            if not activation.is_checkpoint and self._ask_reads and self.keeper.read(activation.call, op.call):
                 activation.is_checkpoint = True
-                self.hold(activation, tensor)
+            if activation.is_checkpoint:
+                self._to_hold.append((activation, tensor))
         if activation not in op.inputs:
             op.inputs.append(activation)
             activation.last_use = op.number
@@ -447,7 +464,10 @@ class Recorder(TorchDispatchMode):
     def _output(
         self, op: Op, traits: Traits, opaque: str, tensor: Tensor, call: ModuleCall, made: list[Activation | None]
     ) -> weakref.ref[Activation] | None:
-        storage = tensor.untyped_storage()
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # sparse, opaque layouts
+            return None
         if storage._cdata in self._storages:
             return None
         nbytes = storage.nbytes()
@@ -467,7 +487,7 @@ class Recorder(TorchDispatchMode):
     def _before_write(self, write: Write, op: Op | None) -> None:
         """Save what is still needed of the old version."""
         old = write.old
-        if write.handles:
+        if write.handles and write.counted:
             write.doomed = seen_handles(write)
             if self._snapshot:
                 write.doomed = [handle for handle in write.doomed if write.touches(handle.window)]

@@ -78,8 +78,8 @@ class Sizes:
     def measure(
         self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[Any, Need, float]:
-        """Run the op and remember what it needed. Returns its result, that (nothing if it could not be measured), and
-        the seconds it took."""
+        """Run the op and remember what it needed. Returns its result, that (a guess if it could not be measured), and the
+        seconds it took."""
         if not _can_measure(args, kwargs):
             start = time.perf_counter()
             return func(*args, **kwargs), Need(0, 0), time.perf_counter() - start
@@ -87,9 +87,11 @@ class Sizes:
             start = time.perf_counter()
             result = func(*args, **kwargs)
             seconds = time.perf_counter() - start
+        if not watch.worked:  # another profiler is on
+            return result, self.guess(signature, func, args, kwargs), seconds
         results = max(0, watch.nbytes)
         need = Need(results, watch.peak_nbytes - results)
-        if watch.worked and not _by_data(func, args):
+        if not _by_data(func, args):
             _put(self._measured, signature, need)
             self._guessed.pop(signature, None)
         return result, need, seconds

@@ -18,7 +18,9 @@ version which breaks one fails there first.
 * Calls of modules. PyTorch runs its `always_call` hooks after an Exception, but not after a KeyboardInterrupt; only the
   stack of frames tells that such a call is over.
 * Disabled hooks. Code that cannot bear saved-tensor hooks disables them, and says why to whoever asks.
-* Nodes. The engine knows which node of the graph it is running, and nodes have numbers.
+* Nodes. The engine knows which node of the graph it is running, and nodes have numbers and names. Formulas of some of
+  them ask whether a dispatch mode is active, and the engine puts back after each node whatever that has changed of it.
+* Lazy conjugation. A handler runs with the kernels excluded that carry it out, though what it calls may need them.
 * Fake tensors. A step without bytes: they are what PyTorch's own compiler traces with, and have no public home.
 * Fused attention. Which kernel a CUDA device takes is decided by a device that may not be there.
 """
@@ -27,7 +29,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any
@@ -42,6 +44,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _AD_INPLACE_OR_VIEW = torch._C.DispatchKey.ADInplaceOrView
+_LAZY = (torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative)
 
 current_graph_task: Callable[[], int] = torch._C._current_graph_task_id
 """The number of the backward pass running on this thread, -1 outside of one."""
@@ -88,6 +91,24 @@ def faking(mode: FakeTensorMode) -> Iterator[None]:
 
 class _Nobody:
     """What no tensor is."""
+
+
+def step_aside(mode: TorchDispatchMode, nodes: Collection[str]) -> None:
+    """Take `mode` away until the running autograd node ends, if its name is among `nodes`. Not if there are others:
+    plain PyTorch would run under these."""
+    node: Any = torch._C._current_autograd_node()
+    if node is None or node.name() not in nodes:
+        return
+    if torch._C._len_torch_dispatch_stack() == 1 and torch._C._get_dispatch_stack_at(0) is mode:
+        torch._C._pop_torch_dispatch_stack(None)
+
+
+@contextmanager
+def conjugating() -> Iterator[None]:
+    """Have lazy conjugation carried out by what is called inside `__torch_dispatch__`."""
+    guard = torch._C._SetExcludeDispatchKeyGuard
+    with guard(_LAZY[0], False), guard(_LAZY[1], False):
+        yield
 
 
 without_dispatch_modes: Callable[[], AbstractContextManager[Any]] = torch._C._DisableTorchDispatch

@@ -14,6 +14,7 @@ Stream: TypeAlias = tuple[tuple[str, int], ...]
 """The evictable activations of a step in the order made: the op that made each, and its bytes."""
 
 _MOST_PLANS = 16
+_MOST_SKIPPED = 64  # demands in a row that may be missing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,13 +101,16 @@ class Follower:
         step = self.step
         if step is None or not step.turns or self.departed:
             return None
-        demand = self._demand
         reference = self._activations.get(activation.position)
         if reference is None or reference() is not activation:
             return None  # it belongs to another step
-        if demand >= len(step.asked) or step.asked[demand] != activation.position:
+        try:
+            demand = step.asked.index(activation.position, self._demand, self._demand + _MOST_SKIPPED)
+        except ValueError:
             self._depart()
             return None
+        for skipped in step.turns[self._demand : demand]:  # of what autograd holds itself
+            self.drop(skipped)
         self._demand = demand + 1
         return step.turns[demand]
 

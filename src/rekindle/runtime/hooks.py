@@ -12,10 +12,12 @@ from rekindle._errors import SavedTensorModified
 from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Window, look, window_of
 from rekindle.record.modules import ModuleCall
+from rekindle.record.schema import BRANCHING_NODES
 from rekindle.record.torch_private import (
     at_recorded_level,
     current_graph_task,
     current_node,
+    step_aside,
     when_backward_ends,
     without_dispatch_modes,
 )
@@ -104,6 +106,7 @@ class SavedTensors:
             SavedTensorModified: an in-place operation changed it, which plain autograd refuses too.
             LeafModified, RecomputeError: it cannot be recomputed.
         """
+        step_aside(self._recorder, BRANCHING_NODES)  # the node runs as it does in plain PyTorch, unseen
         self._replayer.asked()
         tape = self._recorder.tape
         if isinstance(packed, Saved):

@@ -17,8 +17,9 @@ from rekindle._errors import LeafModified, RecomputeError, RecomputeMismatch, Re
 from rekindle.graph import Turn
 from rekindle.record.activation import Activation, Op, Ref, Scratch
 from rekindle.record.aliasing import Ledger, look
+from rekindle.record.schema import traits_of
 from rekindle.record.seams import Checksums, Room
-from rekindle.record.torch_private import at_recorded_level, current_node
+from rekindle.record.torch_private import at_recorded_level, conjugating, current_node
 from rekindle.runtime.stats import Stats
 
 Tensor = torch.Tensor
@@ -279,6 +280,9 @@ def missing_ops(target: Activation, most: int | None = None) -> Missing:
 def _call(op: Op, args: list[Any], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
     """Repeat an op through `run`, with the numbers that it drew."""
     try:
+        if traits_of(op.func).conjugates:
+            with conjugating():
+                return run(op.func, args, kwargs, op.call)
         if op.random is None:
             return run(op.func, args, kwargs, op.call)
         generator, state = op.random
