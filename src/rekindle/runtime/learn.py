@@ -16,8 +16,8 @@ _MOST_RECORDED = 4  # steps of one stream that are recorded
 class Learner:
     """The plans of a session, and whether the next step is to be recorded for one.
 
-    With a budget, a stream is recorded twice at least: the first step warms up caches and libraries, and ops look slower
-    than they are.
+    With a budget, a stream is recorded twice at least: the first step warms up caches and libraries, and ops look
+    slower than they are.
     """
 
     def __init__(self, policy: PolicyLike | None, budget: int | None) -> None:
