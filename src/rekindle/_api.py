@@ -165,7 +165,7 @@ def max_batch(
         return Planner(_rehearse(model, make_inputs(batch), device, loss, "roofline"))
 
     first = planner(1)
-    if not first.fits(budget):
+    if not _fits(first, budget):
         raise BudgetInfeasible(
             f"memory_budget is {format_bytes(budget)}, but a batch of one needs {format_bytes(first.floor())} with all "
             "that can be recomputed. Make the budget larger, or the model or its inputs smaller."
@@ -173,11 +173,15 @@ def max_batch(
     fits, fails = 1, limit + 1
     while fits + 1 < fails:
         batch = min(2 * fits, limit) if fails > limit else (fits + fails) // 2
-        if planner(batch).fits(budget):
+        if _fits(planner(batch), budget):
             fits = batch
         else:
             fails = batch
     return fits
+
+
+def _fits(planner: Planner, budget: int) -> bool:
+    return planner.full <= budget or planner.floor() <= budget
 
 
 def _budget(memory_budget: Amount, headroom: int | str | None, device: str | torch.device | None) -> Budget:

@@ -106,12 +106,6 @@ class Planner:
         lowest = sorted(frames, key=lambda frame: self._least(frame, None).peak)[:_DEEP]
         return min((self._least(frame, holds) for frame in lowest for holds in self._holds_of(frame)), key=_peak)
 
-    def fits(self, budget: int) -> bool:
-        """Whether there is a plan within the budget."""
-        if self.full <= budget or any(self._least(frame) <= budget for frame in self._frames):
-            return True
-        return self._find(budget) is not None
-
     def bound(self, budget: int) -> float:
         """Seconds of recomputation that no plan within the budget does without."""
         live = self._everything.timeline.live
