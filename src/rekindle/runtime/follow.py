@@ -46,7 +46,7 @@ class PlannedStep:
         """Lay a plan out along the stream of its graph."""
         stream = [value for op in graph.ops for value in op.outputs if graph.values[value].evictable]
         names = stream_of(graph)
-        if not plan.turns:
+        if plan.forecast is None:
             names = tuple((name, 0) for name, _ in names)
         prefixes = [0]
         for name in names:
