@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from rekindle._errors import RekindleError, SessionError
 from rekindle.policy import PolicyLike
-from rekindle.record.torch_private import calls_running
+from rekindle.record.torch_private import calls_running, never_compile
 from rekindle.runtime.session import Session
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -102,7 +102,7 @@ def _forget(session: Session) -> None:
 
 
 def _enter(module: torch.nn.Module, args: Any) -> None:
-    applied = _applied.get(module)
+    applied = None if torch.compiler.is_compiling() else _applied.get(module)
     if applied is None:
         return
     thread = threading.get_ident()
@@ -117,7 +117,7 @@ def _enter(module: torch.nn.Module, args: Any) -> None:
 
 
 def _leave(module: torch.nn.Module, args: Any, output: Any) -> None:
-    applied = _applied.get(module)
+    applied = None if torch.compiler.is_compiling() else _applied.get(module)
     if applied is None or not applied.depth or applied.thread != threading.get_ident():
         return
     applied.depth -= 1
@@ -129,3 +129,7 @@ def _leave(module: torch.nn.Module, args: Any, output: Any) -> None:
             if error is None:
                 raise
             error.add_note(f"{type(better).__name__}: {better}")  # PyTorch raises the error of forward, not of hooks
+
+
+never_compile(_enter)
+never_compile(_leave)

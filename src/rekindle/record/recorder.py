@@ -16,7 +16,13 @@ from rekindle.record.modules import ModuleCall, ModuleStack
 from rekindle.record.schema import KNOWN, Traits, trains, traits_of, why_opaque
 from rekindle.record.seams import Checksums, Keeper, Room
 from rekindle.record.tape import Tape
-from rekindle.record.torch_private import alias, current_graph_task, never_compile, when_backward_ends
+from rekindle.record.torch_private import (
+    alias,
+    current_graph_task,
+    in_compiled_code,
+    never_compile,
+    when_backward_ends,
+)
 from rekindle.record.writes import (
     Write,
     count_no_write,
@@ -113,6 +119,8 @@ class Recorder(TorchDispatchMode):
             if traits.writes or traits.stats is not None or self.tape is not None:
                 return self._pass(func, traits, args, kwargs, backward)
             return self._count(self._run(func, traits, args, kwargs, self.modules.current, None))
+        if in_compiled_code():
+            return self._pass(func, traits, args, kwargs, backward)  # kernels nobody sees write over what it makes
         return self._record(func, traits, args, kwargs, grad_mode, backward)
 
     def _run(
@@ -657,3 +665,4 @@ def _default_generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.G
 
 
 never_compile(Recorder.__torch_dispatch__)
+never_compile(Recorder._backward_ended)

@@ -15,6 +15,7 @@ from rekindle.record.modules import ModuleCall
 from rekindle.record.torch_private import (
     at_recorded_level,
     current_graph_task,
+    never_compile,
     when_backward_ends,
     without_dispatch_modes,
 )
@@ -193,3 +194,7 @@ def _look(base: torch.Tensor, window: Window) -> torch.Tensor:
         tensor = base.detach()
     with at_recorded_level():
         return tensor.as_strided_(size, stride, offset)
+
+
+never_compile(SavedTensors.pack)  # called while compiled code runs, too, which Dynamo would have part of
+never_compile(SavedTensors.unpack)

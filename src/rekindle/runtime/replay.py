@@ -17,7 +17,7 @@ from rekindle._errors import LeafModified, RecomputeError, RecomputeMismatch, Re
 from rekindle.record.activation import Activation, Op, Ref, Scratch
 from rekindle.record.aliasing import Ledger, look
 from rekindle.record.seams import Checksums, Room
-from rekindle.record.torch_private import at_recorded_level, current_node
+from rekindle.record.torch_private import at_recorded_level, current_node, never_compile
 from rekindle.runtime.stats import Stats
 
 Tensor = torch.Tensor
@@ -333,3 +333,6 @@ def _check(op: Op, activation: Activation, tensor: Tensor) -> None:
             f"{op.func} in {op.call.describe()} made {activation.nbytes} bytes in the forward pass and {nbytes} when "
             "it was repeated. Mark its result with session.mark(tensor) to keep it."
         )
+
+
+never_compile(Replayer.release_retained)
