@@ -430,11 +430,14 @@ class Recorder(TorchDispatchMode):
     def _output(
         self, op: Op, traits: Traits, opaque: str, tensor: Tensor, call: ModuleCall, made: list[Activation | None]
     ) -> weakref.ref[Activation] | None:
-        storage = tensor.untyped_storage()
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # sparse, opaque layouts: left alone
+            return None
         if storage._cdata in self._storages:
             return None
         nbytes = storage.nbytes()
-        if nbytes < self._min_nbytes and self.tape is None:
+        if (nbytes < self._min_nbytes and self.tape is None) or tensor.is_quantized:
             self.ledger.track(storage, None, nbytes)  # becomes a leaf, if anything reads it
             return None
         why = opaque or (SMALL if nbytes < self._min_nbytes else UNINITIALISED if traits.uninitialised else "")
