@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import helpers
 import rekindle
 from helpers import same_bits, small_batch
 from rekindle import KeepAll, KeepNone, MemoryOptimal, Session
@@ -51,6 +50,9 @@ SESSIONS: dict[str, Callable[[], Session]] = {
     "snapshots": lambda: Session(KeepNone(), min_nbytes=0, inplace="snapshot"),
     "budget": lambda: Session(KeepNone(), min_nbytes=0, memory_budget="1GiB"),
 }
+
+
+CAUGHT = (Stop, KeyboardInterrupt, torch.OutOfMemoryError, rekindle.RecomputeError)
 
 
 class Net(nn.Module):
@@ -106,16 +108,25 @@ class Twin:
         self.model, self.session = Net(), session
         self.state = torch.get_rng_state()
 
-    def step(self, number: int, around: Any = None) -> str:
-        """One step, gradients fresh; the name of the exception that ended it, empty if none did."""
+    def step(self, number: int, around: Any = None, goes_on: bool = False) -> str:
+        """One step, gradients fresh; the name of the exception that ended it, empty if none did. With `goes_on` it is
+        caught inside the session, which goes on with another batch."""
         self.model.zero_grad()
         torch.set_rng_state(self.state)
         x, ended = small_batch(number, 8, 16), ""
         try:
             with around or nullcontext(), self.session or nullcontext():
-                self.model(x).backward()
-        except (Stop, KeyboardInterrupt, torch.OutOfMemoryError, rekindle.RecomputeError) as error:
-            ended = type(error).__name__
+                try:
+                    self.model(x).backward()
+                except CAUGHT as error:
+                    ended = type(error).__name__
+                    if not goes_on:
+                        raise
+                if ended:
+                    around.left = 10**9
+                    self.model(x + 1).backward()
+        except CAUGHT:
+            assert ended
         self.state = torch.get_rng_state()
         return ended
 
@@ -153,7 +164,9 @@ def assert_nothing_lives(where: str) -> None:
     assert not living(), where
 
 
-def fault_everywhere(make: Callable[[], Session], fault: str, late: bool, warm: bool) -> int:
+def fault_everywhere(
+    make: Callable[[], Session], fault: str, late: bool, warm: bool = True, goes_on: bool = False
+) -> int:
     """Let each op of a step fail in turn, and run a good step after it. Returns how many there were."""
     plain, managed = Twin(None), Twin(make())
     if warm:
@@ -164,7 +177,7 @@ def fault_everywhere(make: Callable[[], Session], fault: str, late: bool, warm: 
         hits, endings = [], []
         for twin in (plain, managed):
             mode = Fault(number, FAULTS[fault], late)
-            endings.append(twin.step(number, mode))
+            endings.append(twin.step(number, mode, goes_on))
             hits.append(mode.hit)
         where = f"op {number}, {hits[0]}"
         assert hits[0] == hits[1], number
@@ -181,18 +194,75 @@ def fault_everywhere(make: Callable[[], Session], fault: str, late: bool, warm: 
         number += 1
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", SESSIONS)
+def each_fault(*, everywhere: str) -> list[Any]:
+    """(session, fault, whether the kernel has done its work): all there is of one session, some of the others."""
+    return [
+        pytest.param(name, fault, late, id=f"{name}-{fault}-{'after' if late else 'before'}")
+        for name in SESSIONS
+        for fault in FAULTS
+        for late in (False, True)
+        if name == everywhere or (fault, late) in (("memory", False), ("error", True))
+    ]
+
+
+@pytest.mark.parametrize(("name", "fault", "late"), each_fault(everywhere="keep-none"))
 def test_every_op(name: str, fault: str, late: bool) -> None:
     """Each op of forward and backward in turn raises, before or after its kernel has done its work."""
-    assert fault_everywhere(SESSIONS[name], fault, late, warm=True) > 40
+    assert fault_everywhere(SESSIONS[name], fault, late) > 40
+
+
+@pytest.mark.parametrize(("name", "fault", "late"), each_fault(everywhere="snapshots"))
+def test_caught_inside(name: str, fault: str, late: bool) -> None:
+    """The same, caught inside the session, which goes on with another batch in the same block."""
+    assert fault_everywhere(SESSIONS[name], fault, late, goes_on=True) > 40
 
 
 @pytest.mark.parametrize("name", ["keep-none", "memory-optimal"])
 def test_every_op_of_the_first_step(name: str) -> None:
     """The same in a session that has not yet seen a whole step, and always has to record the next."""
     assert fault_everywhere(SESSIONS[name], "error", False, warm=False) > 40
+
+
+WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "relu_": lambda x, y: x.relu_(),
+    "mul_": lambda x, y: x.mul_(2),
+    "copy_": lambda x, y: x.copy_(y),
+    "slice": lambda x, y: x[:, 2:5].add_(1),
+    "out": lambda x, y: torch.sin(y, out=x),
+    "list": lambda x, y: torch._foreach_mul_([x], 2.0),
+    "uniform_": lambda x, y: x.uniform_(),
+    "batch_norm": lambda x, y: F.batch_norm(y, x[0], x[1].exp(), training=True),
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("name", ["keep-none", "snapshots"])
+@pytest.mark.parametrize("write", WRITES)
+def test_failed_write(write: str, name: str, late: bool) -> None:
+    """An op that writes in place fails before or after it wrote, and the same graph goes on. What is computed next
+    reads what is there. What autograd saved before is what it was, as if it had been a copy: plain PyTorch, which
+    counts no failed write, takes what is there for it."""
+
+    def run(session: Session | None) -> list[Tensor]:
+        torch.manual_seed(0)
+        source = small_batch(0, 32, 32).requires_grad_()
+        fault = Fault(10**9, FAULTS["error"], late)
+        with fault, session or nullcontext():
+            hidden = (source * 2).sin()
+            with torch.no_grad():
+                state = (source * 3).cos()
+            early = state.clone() if session is None else state
+            before = F.gelu(hidden * early) * early.sigmoid()
+            fault.left = 0
+            with pytest.raises(Stop), torch.no_grad():
+                WRITES[write](state, hidden.detach())
+            fault.left = 10**9
+            after = F.gelu(hidden + state) * state
+            (before + after).square().sum().backward()
+        assert source.grad is not None
+        return [before.detach(), after.detach(), source.grad, torch.get_rng_state()]
+
+    assert all(map(same_bits, run(None), run(SESSIONS[name]())))
 
 
 def whole_gradients(twin: Twin, number: int) -> tuple[list[Tensor | None], Tensor]:
@@ -249,12 +319,16 @@ def failing_copies(number: int, make: Callable[[], BaseException], late: bool) -
         yield hits
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("fault", "late"), [("memory", False), ("error", True), ("interrupt", True)])
 @pytest.mark.parametrize(
     ("name", "failing"),
-    [("keep-none", failing_replays), ("snapshots", failing_replays), ("budget", failing_replays)]
-    + [("keep-none", failing_copies), ("snapshots", failing_copies)],
+    [
+        ("keep-none", failing_replays),
+        ("snapshots", failing_replays),
+        ("budget", failing_replays),
+        ("keep-none", failing_copies),
+        ("snapshots", failing_copies),
+    ],
 )
 def test_every_replay(name: str, failing: Any, fault: str, late: bool) -> None:
     """Each op, or each allocation, of a recomputation in turn fails. Parameters, statistics and random state are those
@@ -331,10 +405,12 @@ def test_interrupted_anywhere(name: str) -> None:
     """A KeyboardInterrupt at a random line of Rekindle's own code ends the step; the next one, with the same session,
     is exact."""
     plain, managed = Twin(None), Twin(SESSIONS[name]())
+    managed.step(0)  # imports what it needs
     with interrupted(10**9) as counter:
         assert managed.step(0) == ""
     lines = 10**9 - counter.left
-    whole_gradients(plain, 0)
+    for _ in range(2):
+        plain.step(0)
     for number, line in enumerate(random.Random(0).sample(range(lines), 25)):
         with interrupted(line) as interrupt:
             managed.step(number)
