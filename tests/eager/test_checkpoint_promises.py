@@ -32,8 +32,11 @@ import helpers
 from helpers import same_bits, small_batch
 from rekindle import EveryN, KeepAll, KeepNone, MemoryOptimal, Session
 
-# PyTorch's own, when it loads what forward-mode derivatives need.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("leaving_nothing"),
+    # PyTorch's own, when it loads what forward-mode derivatives need.
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+]
 Case = Callable[["Run"], list[Tensor]]
 CASES: dict[str, Case] = {}
 QUIET = {"detached_inputs"}  # nothing is saved there, so nothing is evicted

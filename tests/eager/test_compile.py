@@ -17,6 +17,7 @@ import rekindle
 from helpers import same_bits, small_batch
 
 pytestmark = [
+    pytest.mark.usefixtures("leaving_nothing"),
     # PyTorch's own, of every OptimizedModule that is called while there are global module hooks.
     pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning"),
     pytest.mark.filterwarnings("ignore:::torch[.]"),  # what the compiler does to itself

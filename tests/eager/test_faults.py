@@ -30,7 +30,7 @@ from rekindle.record.schema import traits_of
 from rekindle.runtime import replay
 from watch import living, modes
 
-pytestmark = pytest.mark.usefixtures("counting")
+pytestmark = pytest.mark.usefixtures("counting", "leaving_nothing")
 PACKAGE = str(Path(rekindle.__file__).parent)
 
 

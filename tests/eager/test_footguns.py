@@ -32,6 +32,7 @@ from helpers import same_bits, small_batch, small_model
 from rekindle import EveryN, KeepAll, KeepNone, MemoryOptimal, Session
 
 pytestmark = [
+    pytest.mark.usefixtures("leaving_nothing"),
     # PyTorch's own, of kinds of tensors that it means to change.
     pytest.mark.filterwarnings("ignore:Sparse:UserWarning"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),

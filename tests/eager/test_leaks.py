@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import rekindle
 from helpers import Layer, same_bits, small_batch, small_model
+from rekindle.record.aliasing import Tracked
+from rekindle.record.tape import Tape
 from rekindle.runtime import replay
 from watch import living, living_tensors, modes
 
@@ -346,3 +348,23 @@ def test_models_are_not_kept():
     del model
     assert gone() is None
     assert not session._ledger.storages
+
+
+def test_garbage_collected_while_recording(monkeypatch):
+    """Tensors in cycles, which the collector frees in the middle of what Rekindle is doing, disturb no step."""
+    model, session = small_model(1), rekindle.Session(rekindle.KeepNone())
+    plain_value = Tape.plain_value
+
+    def collecting(tape: Tape, tracked: Tracked) -> int:
+        gc.collect(0)
+        return plain_value(tape, tracked)
+
+    def litter(grad: Tensor) -> None:
+        cycle: list[object] = [grad + 1]
+        cycle.append(cycle)
+
+    plain = train_step(model)
+    monkeypatch.setattr(Tape, "plain_value", collecting)
+    for parameter in model.parameters():
+        parameter.register_hook(litter)
+    assert all(map(same_bits, plain, train_step(model, session)))

@@ -604,7 +604,8 @@ class Recorder(TorchDispatchMode):
             return self._count(result)
         seen = set(self._storages)
         self._count(result)
-        outputs = [tape.plain_value(tracked) for key, tracked in self._storages.items() if key not in seen]
+        there = list(self._storages.values())  # at once: a garbage collection may end storages at any moment
+        outputs = [tape.plain_value(tracked) for tracked in there if tracked.key not in seen]
         tape.op(traits.name, inputs, outputs, self.modules.current, seconds, backward, traits.random)
         return result
 
