@@ -602,10 +602,10 @@ class Recorder(TorchDispatchMode):
                 self._displace(op, write)
         if tape is None:
             return self._count(result)
-        seen = set(self._storages)
+        keys = dict.fromkeys(tensor.untyped_storage()._cdata for tensor in tensors_in(result) if _has_storage(tensor))
+        new = [key for key in keys if key not in self._storages]
         self._count(result)
-        there = list(self._storages.values())  # at once: a garbage collection may end storages at any moment
-        outputs = [tape.plain_value(tracked) for tracked in there if tracked.key not in seen]
+        outputs = [tape.plain_value(self._storages[key]) for key in new]
         tape.op(traits.name, inputs, outputs, self.modules.current, seconds, backward, traits.random)
         return result
 
