@@ -1,5 +1,6 @@
 # make demo    train a small GPT plain and with Rekindle, and compare
 # make test    everything that must pass: tests, linter, type checker
+# make test-full  the same, with every sample of PyTorch's operator database; writes docs/op-database.md
 # make smoke   the tests that take seconds
 # make lint    linter and type checker
 # make clean   remove what the others made
@@ -14,7 +15,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # The profiler library otherwise writes its own progress to stderr; it reads this when torch is loaded.
 export KINETO_LOG_LEVEL := 6
 
-.PHONY: demo test smoke lint clean
+.PHONY: demo test test-full smoke lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -23,6 +24,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/smoke
 	$(BIN)/python -m pytest --ignore=tests/smoke
 	@$(MAKE) --no-print-directory lint
+
+test-full: export REKINDLE_TESTS := full
+test-full: test
 
 smoke: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/smoke

@@ -134,6 +134,9 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     if left.is_sparse:
         left, right = left.coalesce(), right.coalesce()
         return same_bits(left.indices(), right.indices()) and same_bits(left.values(), right.values())
+    if left.layout is torch.sparse_csr:
+        parts = ((x.crow_indices(), x.col_indices(), x.values()) for x in (left, right))
+        return all(map(same_bits, *parts))
     return torch.equal(_bytes(left), _bytes(right))
 
 

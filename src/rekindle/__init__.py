@@ -11,7 +11,7 @@ The house, in the order a step passes through it: `graph` (a step on paper), `po
 step from below autograd), `runtime` (keep, evict, recompute), `_api` (the verbs). See docs/layout.md.
 """
 
-from rekindle._api import apply, remove, session_of
+from rekindle._api import apply, max_batch, plan, remove, session_of
 from rekindle._errors import (
     BudgetInfeasible,
     BytesError,
@@ -21,6 +21,7 @@ from rekindle._errors import (
     PressureError,
     RecomputeError,
     RecomputeMismatch,
+    RehearsalError,
     RekindleError,
     SavedTensorModified,
     SessionError,
@@ -62,6 +63,7 @@ __all__ = [
     "PressureError",
     "RecomputeError",
     "RecomputeMismatch",
+    "RehearsalError",
     "RekindleError",
     "SavedTensorModified",
     "Session",
@@ -73,6 +75,8 @@ __all__ = [
     "UnsupportedContext",
     "apply",
     "load_graph",
+    "max_batch",
+    "plan",
     "remove",
     "save_graph",
     "session_of",

@@ -820,3 +820,27 @@ def test_a_long_chain_of_ops_is_freed() -> None:
             hidden = hidden.sin()
         del hidden
     assert helpers.live_activations() == 0
+
+
+def test_sparse_results() -> None:
+    """An op that makes a sparse tensor of a dense one: what it read is evicted and replayed, the result is kept."""
+    x = torch.tensor([[1.0, 0.0], [0.5, 2.0]], requires_grad=True)
+    (plain,) = torch.autograd.grad(x.exp().sub(1).to_sparse().to_dense().sin().sum(), x)
+    with Session(KeepNone(), min_nbytes=0) as session:
+        (managed,) = torch.autograd.grad(x.exp().sub(1).to_sparse().to_dense().sin().sum(), x)
+    assert helpers.same_bits(plain, managed)
+    assert session.stats.ops_replayed > 0
+
+
+def test_normalisation_without_statistics() -> None:
+    """The overload of a normalisation op that takes no running statistics is an op like any other."""
+    x = batch(0).requires_grad_()
+
+    def result() -> Tensor:
+        return torch.ops.aten._native_batch_norm_legit(x.exp(), None, None, True, 0.1, 1e-5)[0].sin().sum()
+
+    (plain,) = torch.autograd.grad(result(), x)
+    with Session(KeepNone(), min_nbytes=0) as session:
+        (managed,) = torch.autograd.grad(result(), x)
+    assert helpers.same_bits(plain, managed)
+    assert session.stats.ops_replayed > 0

@@ -671,3 +671,20 @@ def test_disjoint(seed: int) -> None:
     assert not disjoint(window_of(flat.as_strided((8, 8), (4, 1))), window_of(flat[30:31]))
     assert disjoint(window_of(flat.view(torch.int16)[:16]), window_of(flat[8:]))
     assert not disjoint(window_of(flat.view(torch.int16)[:17]), window_of(flat[8:]))
+
+
+@pytest.mark.parametrize("mode", ["strict", "snapshot"])
+@pytest.mark.parametrize("written", [False, True], ids=["out-of-place", "in-place"])
+def test_noise_filled_after_it_is_saved(mode: str, written: bool) -> None:
+    """The noise of a randomised ReLU, which autograd saves before the kernel fills it, is what the kernel put there."""
+
+    def gradient() -> Tensor:
+        torch.manual_seed(0)
+        x = torch.linspace(-3, 1, 16, requires_grad=True)
+        result = F.rrelu(x.clone(), training=True, inplace=written)
+        return torch.autograd.grad(result.sin().sum(), x)[0]
+
+    plain = gradient()
+    with Session(KeepNone(), min_nbytes=0, inplace=mode):
+        managed = gradient()
+    assert torch.equal(plain, managed)

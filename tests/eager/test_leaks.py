@@ -236,7 +236,13 @@ def test_thousand_steps(policy):
         optimizer.step()
         if number in (10, 1000):
             ledger, retained, taken = session._ledger, session._replayer._retained, session.snapshots._taken
-            numbers = len(ledger.storages), ledger.live_nbytes, len(retained), len(taken), len(session._plans.planned)
+            numbers = (
+                len(ledger.storages),
+                ledger.live_nbytes,
+                len(retained),
+                len(taken),
+                len(session._learner.plans.planned),
+            )
             counts.append((numbers, living(), living_tensors(), modes()))
     objects = len(gc.get_objects())
     for _ in range(100):
@@ -258,7 +264,7 @@ def test_plans_are_bounded():
                 for _ in range(length):
                     y = y.sin()
                 y.sum().backward()
-    assert len(session._plans.planned) <= 16
+    assert len(session._learner.plans.planned) <= 16
 
 
 CHAIN = 10_000

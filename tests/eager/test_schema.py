@@ -20,6 +20,7 @@ from rekindle.record.schema import (
     NEVER_REPEAT,
     OVERWRITES,
     RUNNING_STATS,
+    UNCOUNTED,
     UNINITIALISED,
     trains,
     traits_of,
@@ -41,7 +42,12 @@ def written_by_schema(func: Any) -> set[int]:
     return {position for position, argument in arguments if argument.alias_info and argument.alias_info.is_write}
 
 
-TABLES = {"RUNNING_STATS": RUNNING_STATS, "UNINITIALISED": UNINITIALISED, "NEVER_REPEAT": NEVER_REPEAT}
+TABLES = {
+    "RUNNING_STATS": RUNNING_STATS,
+    "UNCOUNTED": UNCOUNTED,
+    "UNINITIALISED": UNINITIALISED,
+    "NEVER_REPEAT": NEVER_REPEAT,
+}
 ENTRIES = [(table, name) for table, names in TABLES.items() for name in sorted(names)]
 
 
@@ -135,6 +141,21 @@ def test_positions_of_running_statistics(qualified):
     assert names[mean] == "running_mean"
     assert names[var] == "running_var"
     assert flag is None or names[flag] in ("training", "train", "use_input_stats")
+
+
+def test_overloads_without_running_statistics():
+    """Of these ops an overload that takes no statistics writes none."""
+    assert traits_of(aten._native_batch_norm_legit.no_stats).stats is None
+    assert traits_of(aten._native_batch_norm_legit.default).stats is not None
+
+
+@pytest.mark.parametrize("qualified", UNCOUNTED)
+def test_uncounted(qualified):
+    """What is filled after it was saved is an argument that the schema says is written."""
+    for func in overloads(qualified):
+        if func._overloadname == "out":
+            continue
+        assert traits_of(func).uncounted in {name for _, name in traits_of(func).writes}
 
 
 # -- ops that overwrite ------------------------------------------------------------------------------------------------

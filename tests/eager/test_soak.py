@@ -75,7 +75,7 @@ class Watched:
         self.objects.append(len(gc.get_objects()))
         assert not living()
         assert modes() == 0
-        assert len(session._plans.planned) <= 16
+        assert len(session._learner.plans.planned) <= 16
         assert len(session._replayer._retained) <= 64
         assert len(session.snapshots._taken) <= 64
 

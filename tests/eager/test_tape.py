@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -75,6 +77,11 @@ def test_graph_does_not_depend_on_the_policy(policy):
 
 
 def forward_of(graph: rekindle.Graph) -> list[object]:
-    """What the forward pass is, but for the seconds."""
+    """What the forward pass is, but for the seconds, and for what lived on into the backward pass."""
     ops = [(op.name, op.inputs, op.outputs, op.call) for op in graph.forward]
-    return [*ops, *(graph.values[number] for op in graph.forward for number in (*op.inputs, *op.outputs))]
+    values = [graph.values[number] for op in graph.forward for number in (*op.inputs, *op.outputs)]
+    end = len(graph.forward)
+    return [
+        *ops,
+        *(replace(v, dropped=v.dropped if v.dropped is not None and v.dropped < end else None) for v in values),
+    ]

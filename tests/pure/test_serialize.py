@@ -74,7 +74,8 @@ def test_the_file_is_for_people_too() -> None:
     assert graph_to_json(MODULES).splitlines() == [
         "{",
         '"format": "rekindle.graph",',
-        '"version": 1,',
+        '"version": 2,',
+        '"standing": 0,',
         '"calls": [',
         '  {"number": 0, "parent": null, "path": "", "types": []},',
         '  {"number": 1, "parent": 0, "path": "", "types": ["app.Model"]},',
@@ -90,6 +91,9 @@ def test_the_file_is_for_people_too() -> None:
         '  {"number": 0, "name": "aten.op", "inputs": [0], "outputs": [1], "call": 1, "seconds": 1.0},',
         '  {"number": 1, "name": "aten.op", "inputs": [1], "outputs": [2, 3], "call": 2, "seconds": 1.0, '
         '"backward": true}',
+        "],",
+        '"demands": [',
+        "  ",
         "]",
         "}",
     ]
@@ -100,7 +104,7 @@ def test_the_file_is_for_people_too() -> None:
     [
         (lambda data: data.update(format="onnx"), "holds no graph"),
         (lambda data: data.pop("format"), "holds no graph"),
-        (lambda data: data.update(version=2), "version 2, but this Rekindle reads 1"),
+        (lambda data: data.update(version=3), "version 3, but this Rekindle reads 2"),
         (lambda data: data.update(version=None), "version None"),
         (lambda data: data.pop("version"), "version None"),
         (lambda data: data.update(version=[9] * 1000), "version [9, 9, 9, 9, 9, 9, ...]"),

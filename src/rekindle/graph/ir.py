@@ -36,6 +36,10 @@ class Value:
         evictable: it can be recomputed, so a policy may decide about it.
         name: of the parameter or buffer that it is, if it is one.
         why_kept: why it is not evictable.
+        dropped: number of the op before which user code, and all that is not ours, had let go of it; None if nothing
+            did in this step.
+        overwrites: number of the value whose storage it took over, if an in-place op made it.
+        overwritten: number of the op that wrote over it, after which its storage holds something else.
     """
 
     number: int
@@ -48,6 +52,9 @@ class Value:
     evictable: bool = True
     name: str = ""
     why_kept: str = ""
+    dropped: int | None = None
+    overwrites: int | None = None
+    overwritten: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,7 @@ class Op:
         seconds: what it took.
         backward: it ran in the backward pass.
         random: it draws from a generator.
+        temporaries: bytes that its kernel had allocated at its peak, beside what it made.
     """
 
     number: int
@@ -73,15 +81,38 @@ class Op:
     seconds: float = 0.0
     backward: bool = False
     random: bool = False
+    temporaries: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Autograd asking for a value that it saved.
+
+    Attributes:
+        value: number of the value.
+        before: number of the op before which it asked.
+        until: number of the op before which the node that asked was done with it.
+    """
+
+    value: int
+    before: int
+    until: int
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The ops of a step in the order they ran, forward then backward, with their values and module calls."""
+    """The ops of a step in the order they ran, forward then backward, with their values and module calls.
+
+    Attributes:
+        demands: what autograd asked for, in its order.
+        standing: bytes that are there all the time: parameters, gradients, buffers, inputs.
+    """
 
     ops: tuple[Op, ...]
     values: tuple[Value, ...]
     calls: tuple[Call, ...] = (Call(0, None, "", ()),)
+    demands: tuple[Demand, ...] = ()
+    standing: int = 0
 
     @cached_property
     def forward(self) -> tuple[Op, ...]:

@@ -12,19 +12,24 @@ from reprlib import repr as short
 from typing import Any, get_args, get_origin, get_type_hints
 
 from rekindle._errors import GraphError
-from rekindle.graph.ir import Call, Graph, Op, Value
+from rekindle.graph.ir import Call, Demand, Graph, Op, Value
 from rekindle.graph.verify import verify_graph
 
 FORMAT = "rekindle.graph"
-VERSION = 1
-_HINTS: dict[type[Any], dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Call, Value, Op)}
+VERSION = 2
+_HINTS: dict[type[Any], dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Call, Value, Op, Demand)}
 
 
 def graph_to_json(graph: Graph) -> str:
     """The graph as JSON text, one line an item."""
     calls = [{**_plain(call), "parent": call.parent.number if call.parent else None} for call in graph.calls]
-    sections = {"calls": calls, "values": map(_plain, graph.values), "ops": map(_plain, graph.ops)}
-    lines = [f'"format": {json.dumps(FORMAT)}', f'"version": {VERSION}']
+    sections = {
+        "calls": calls,
+        "values": map(_plain, graph.values),
+        "ops": map(_plain, graph.ops),
+        "demands": map(_plain, graph.demands),
+    }
+    lines = [f'"format": {json.dumps(FORMAT)}', f'"version": {VERSION}', f'"standing": {graph.standing}']
     for name, items in sections.items():
         rows = ",\n  ".join(json.dumps(item) for item in items)
         lines.append(f'"{name}": [\n  {rows}\n]')
@@ -53,7 +58,11 @@ def graph_from_json(text: str) -> Graph:
         calls.append(_make(Call, _with_parent(row, calls)))
     values = tuple(_make(Value, row) for row in _rows(data, "values"))
     ops = tuple(_make(Op, row) for row in _rows(data, "ops"))
-    return verify_graph(Graph(ops, values, tuple(calls)))
+    demands = tuple(_make(Demand, row) for row in _rows(data, "demands"))
+    standing = data.get("standing")
+    if type(standing) is not int or standing < 0:
+        raise GraphError(f"the graph is damaged: {short(standing)} bytes that are there all the time")
+    return verify_graph(Graph(ops, values, tuple(calls), demands, standing))
 
 
 def save_graph(graph: Graph, path: str | os.PathLike[str]) -> None:
@@ -85,7 +94,7 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
     return graph_from_json(text)
 
 
-def _plain(item: Call | Value | Op) -> dict[str, Any]:
+def _plain(item: Call | Value | Op | Demand) -> dict[str, Any]:
     """The fields that differ from their defaults: most do not."""
     row = {field.name: (getattr(item, field.name), field.default) for field in fields(item)}
     return {name: value for name, (value, default) in row.items() if value != default}

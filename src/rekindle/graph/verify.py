@@ -18,12 +18,13 @@ def verify_graph(graph: Graph) -> Graph:
     Raises:
         GraphError: a number is not that of its position, an op reads what is not made yet or reads a value twice, a
             value is made twice or by another op than it says, a leaf is evictable, a module call does not follow its
-            parent, call 0 is that of a module, or a size or time is impossible.
+            parent, call 0 is that of a module, a demand is for what is not there, or a size or time is impossible.
     """
     _verify_numbers(graph)
     _verify_calls(graph)
     _verify_values(graph)
     _verify_ops(graph)
+    _verify_demands(graph)
     return graph
 
 
@@ -70,6 +71,8 @@ def _verify_values(graph: Graph) -> None:
             raise GraphError(f"value {value.number} has {value.nbytes} bytes")
         if value.made_by is None and value.evictable:
             raise GraphError(f"value {value.number} is a leaf and evictable: nothing could bring it back")
+        if value.overwrites is not None and not 0 <= value.overwrites < value.number:
+            raise GraphError(f"value {value.number} overwrites value {value.overwrites}, which is not before it")
         for number in value.saved_in:
             if not 0 <= number < len(graph.calls):
                 raise GraphError(f"value {value.number} was saved in call {number}, which does not exist")
@@ -82,6 +85,8 @@ def _verify_ops(graph: Graph) -> None:
             raise _wrong(graph, op, f"runs in call {op.call}, which does not exist")
         if not 0 <= op.seconds <= sys.float_info.max:
             raise _wrong(graph, op, f"takes {op.seconds} seconds")
+        if op.temporaries < 0:
+            raise _wrong(graph, op, f"takes {op.temporaries} bytes for itself")
         for number in op.inputs:
             if number not in made:
                 raise _wrong(graph, op, f"reads value {number}, which is not made yet")
@@ -101,6 +106,22 @@ def _verify_ops(graph: Graph) -> None:
     for value in graph.values:
         if value.number not in made:
             raise GraphError(f"no op makes value {value.number}, though it says op {value.made_by}")
+
+
+def _verify_demands(graph: Graph) -> None:
+    last = 0
+    for position, demand in enumerate(graph.demands):
+        if not 0 <= demand.value < len(graph.values):
+            raise GraphError(f"demand {position} is for value {demand.value}, which does not exist")
+        if not last <= demand.before <= demand.until <= len(graph.ops):
+            raise GraphError(
+                f"demand {position} lasts from op {demand.before} to op {demand.until}, of {len(graph.ops)}; the one "
+                f"before it began at op {last}"
+            )
+        last = demand.before
+        made_by = graph.values[demand.value].made_by
+        if made_by is not None and made_by >= demand.before:
+            raise GraphError(f"demand {position} is for value {demand.value}, which op {made_by} makes only later")
 
 
 def _wrong(graph: Graph, wrong: Op, what: str) -> GraphError:

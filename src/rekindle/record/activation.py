@@ -121,6 +121,7 @@ class Activation:
         snapshot: `held` is a copy made before an in-place write.
         key: address of its storage when it was recorded, to find the parameter's name for an error message.
         last_use: number of the last op that read it, or of the one before which it was recomputed.
+        position: among the evictable activations of a step that follows a plan, -1 if none does.
         home: address of the storage of `weak`, which the user can move to another one (`tensor.data = other`).
     """
 
@@ -141,6 +142,7 @@ class Activation:
     last_use = 0
     home = 0
     value_id = -1
+    position = -1
 
     def __init__(self, op: Op | None, window: Window, nbytes: int, call: ModuleCall, why_kept: str = "") -> None:
         self.op = op

@@ -167,6 +167,7 @@ class Ledger:
     Attributes:
         live_nbytes: of the storages that the session's ops made.
         leaf_nbytes: of those that were there before: parameters, gradients, buffers, inputs.
+        on_end: called with the record of each storage that dies, None if nobody wants to know.
     """
 
     def __init__(self, on_death: Callable[[Activation, int], None]) -> None:
@@ -175,6 +176,7 @@ class Ledger:
         self.live_nbytes = 0
         self.leaf_nbytes = 0
         self.peak_nbytes = 0
+        self.on_end: Callable[[Tracked], None] | None = None
         self._on_death = on_death
         self._on_storage_death = self._died
 
@@ -238,6 +240,8 @@ class Ledger:
             del self.storages[tracked.key]
         self.live_nbytes -= tracked.nbytes
         self.leaf_nbytes -= tracked.leaf_nbytes
+        if self.on_end is not None:
+            self.on_end(tracked)
         activation = tracked.activation
         if activation is None:
             return

@@ -18,7 +18,9 @@ from rekindle.record.seams import Checksums, Keeper, Room
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import (
     alias,
+    conjugating,
     current_graph_task,
+    current_node,
     in_compiled_code,
     never_compile,
     when_backward_ends,
@@ -32,6 +34,7 @@ from rekindle.record.writes import (
     seen_handles,
     spare,
     tensors_in,
+    uncounted_target,
     watch_of,
     written_tensors,
 )
@@ -40,6 +43,7 @@ LEAF = "a leaf"
 SMALL = "too small to be worth a decision"
 UNINITIALISED = "from an empty tensor that no recorded op has filled"
 OVERWRITTEN_LEAF = "from an op that writes over what it reads, which nothing could bring back"
+DEFAULT_MIN_NBYTES = 1024
 _OPS_BETWEEN_CUTS = 4096
 
 Tensor = torch.Tensor
@@ -71,7 +75,6 @@ class Recorder(TorchDispatchMode):
         self.checksums: Checksums | None = None
         self._room = room
         self._hungry = room.hungry
-        self._watched = room.watches
         self._min_nbytes = min_nbytes
         self._snapshot = snapshot
         self._storages = ledger.storages
@@ -79,6 +82,7 @@ class Recorder(TorchDispatchMode):
         self._unsettled: list[weakref.ref[Any]] = []
         self._graph_task = -1
         self._ask_reads = False
+        self._to_hold: list[tuple[Activation, Tensor]] = []
 
     def cut(self) -> None:
         """Make every value there is a leaf for the ops to come: a forward never reaches back into an older one."""
@@ -132,7 +136,10 @@ class Recorder(TorchDispatchMode):
         call: ModuleCall,
         random: tuple[torch.Generator, Tensor] | None,
     ) -> Any:
-        if self._watched or self._room.measures or traits.name in self._hungry:
+        if traits.conjugates:
+            with conjugating():
+                return self._room.run(func, args, kwargs, call, random)
+        if self._room.watches or self._room.measures or traits.name in self._hungry:
             return self._room.run(func, args, kwargs, call, random)
         try:
             return func(*args, **kwargs)
@@ -171,6 +178,7 @@ class Recorder(TorchDispatchMode):
         op.func, op.number, op.grad_mode = func, number, grad_mode
         op.call = call = self.modules.current
         op.inputs, op.outputs = [], []
+        self._to_hold.clear()
         self._ask_reads = self.keeper.reads and not backward  # backward ops run outside of all modules
         opaque = traits.opaque or (why_opaque(func, args, kwargs) if traits.check else "")
         written: list[Write] = []
@@ -186,11 +194,13 @@ class Recorder(TorchDispatchMode):
         except (NotImplementedError, RuntimeError):  # sparse, quantised, opaque layouts: no plain storage
             return self._pass(func, traits, args, kwargs, backward)
         if traits.random:
-            op.random = _generator_state(args, kwargs)
+            op.random = self._state(args, kwargs)
         if written:
             op.writes = []
+            uncounted = uncounted_target(traits, args, kwargs)
             past = [former for write in written for former in self._past(write.tensors)]
             for write in written:
+                write.counted = write.tensors[0] is not uncounted
                 if not opaque and (write.old in op.inputs if write.whole else write.old.op is None):
                     opaque = OVERWRITTEN_LEAF
             for write in (*written, *past):
@@ -203,7 +213,7 @@ class Recorder(TorchDispatchMode):
         except BaseException:
             self._failed([*written, *past])
             raise
-        op.seconds = time.perf_counter() - start
+        op.seconds = self._room.seconds if self._room.measures else time.perf_counter() - start
         if lists:
             count_writes(lists)
         if op.random is not None:
@@ -219,6 +229,8 @@ class Recorder(TorchDispatchMode):
         elif result is not None:
             for tensor in tensors_in(result):
                 op.outputs.append(self._output(op, traits, opaque, tensor, call, made))
+        if self._to_hold:
+            self._hold_sources(made)
         if self.checksums is not None:
             for activation in made:
                 if activation is not None and (base := activation.base()) is not None:
@@ -227,15 +239,38 @@ class Recorder(TorchDispatchMode):
         if tape is not None:
             inputs = [self._value(tape, a) for a in op.inputs]
             outputs = [tape.made(a) for a in made if a is not None]
-            tape.op(traits.name, inputs, outputs, call, op.seconds, backward, traits.random)
+            for tensor in tensors_in((args, tuple(kwargs.values()), result)):
+                tape.seen(tensor)
+            for write, new in zip(written, made, strict=False):  # what was written comes first
+                tape.overwrites(new, write.old)
+            if op.random is not None:
+                tape.state(op.random[1].nbytes)
+            if backward:
+                tape.runs(current_node())
+            tape.op(traits.name, inputs, outputs, call, op.seconds, backward, traits.random, self._room.temporaries)
         return result
+
+    def _hold_sources(self, made: list[Activation | None]) -> None:
+        """Hold the checkpoints that an op read if it made anything, or they would go with the op: nobody owns that."""
+        to_hold, self._to_hold = self._to_hold, []
+        for activation, tensor in to_hold if any(made) else ():
+            if activation.held is None:
+                self.hold(activation, tensor)
 
     def _keep_random(self, op: Op, generator: torch.Generator, state: Tensor) -> None:
         """Count the bytes of the generator's state, or drop it if the op drew nothing, as attention without dropout."""
-        if torch.equal(state, generator.get_state()):
-            op.random = None
-        else:
+        if self._drew(op, generator, state):
             self.ledger.track(state.untyped_storage(), None, state.nbytes)
+        else:
+            op.random = None
+
+    def _state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Generator, Tensor]:
+        """The generator that an op draws from, and its state."""
+        return _generator_state(args, kwargs)
+
+    def _drew(self, op: Op, generator: torch.Generator, state: Tensor) -> bool:
+        """Whether the op drew from the generator, whose state before it is given."""
+        return not torch.equal(state, generator.get_state())
 
     def _template(
         self,
@@ -290,11 +325,10 @@ class Recorder(TorchDispatchMode):
         if activation.op is None:
             self._guard(activation, tensor, op)
         elif activation.held is None:
-            if activation.is_checkpoint:
-                self.hold(activation, tensor)
-            elif self._ask_reads and self.keeper.read(activation.call, op.call):
+            if not activation.is_checkpoint and self._ask_reads and self.keeper.read(activation.call, op.call):
                 activation.is_checkpoint = True
-                self.hold(activation, tensor)
+            if activation.is_checkpoint:
+                self._to_hold.append((activation, tensor))
         if activation not in op.inputs:
             op.inputs.append(activation)
             activation.last_use = op.number
@@ -377,8 +411,8 @@ class Recorder(TorchDispatchMode):
         if tracked is None:
             tracked = self.ledger.track_leaf(tensor)
             assert tracked is not None
-        owner = tensor if type(tensor) is torch.nn.Parameter else tensor._base
-        if type(owner) is torch.nn.Parameter and not owner.is_inference():
+        owner = tensor if self._is_parameter(tensor) else tensor._base
+        if owner is not None and self._is_parameter(owner) and not owner.is_inference():
             activation = Activation(None, window_of(owner), storage.nbytes(), self.modules.outside, LEAF)
             activation.storage = storage
             activation.version = owner._version
@@ -395,6 +429,9 @@ class Recorder(TorchDispatchMode):
         activation.key = storage._cdata
         activation.value_id = tracked.value_id
         return activation
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        return type(tensor) is torch.nn.Parameter
 
     def hold(self, activation: Activation, tensor: Tensor) -> None:
         """Keep the bytes of an activation that `tensor` looks at. From inside a dispatch only."""
@@ -445,7 +482,7 @@ class Recorder(TorchDispatchMode):
         activation.weak, activation.home = weakref.ref(tensor), storage._cdata
         activation.version = tensor._version
         self.ledger.track(storage, activation, nbytes)
-        if not why and self.keeper.makes and self.keeper.made(traits.name, call):
+        if not why and self.keeper.makes and self.keeper.made(traits.name, activation):
             activation.is_checkpoint = True
         made.append(activation)
         return weakref.ref(activation)
@@ -453,7 +490,7 @@ class Recorder(TorchDispatchMode):
     def _before_write(self, write: Write, op: Op | None) -> None:
         """Save what is still needed of the old version."""
         old = write.old
-        if write.handles:
+        if write.handles and write.counted:
             write.doomed = seen_handles(write)
             if self._snapshot:
                 write.doomed = [handle for handle in write.doomed if write.touches(handle.window)]
@@ -483,7 +520,7 @@ class Recorder(TorchDispatchMode):
             source = tensor if write.watch is None else write.watch
             new = Activation(op, window_of(source), old.nbytes, op.call)
             new.watch(source)
-            new.is_checkpoint = self.keeper.makes and self.keeper.made(str(op.func), op.call)
+            new.is_checkpoint = self.keeper.makes and self.keeper.made(str(op.func), new)
         op.writes.append((None if whole else old, weakref.ref(new) if new is not None else None))
         tracked.own(new)
         tracked.value_id = -1
@@ -590,7 +627,7 @@ class Recorder(TorchDispatchMode):
         except BaseException:
             self._failed([*written, *past])
             raise
-        seconds = time.perf_counter() - start
+        seconds = self._room.seconds if self._room.measures else time.perf_counter() - start
         if lists:
             count_writes(lists)
         if written or past:
@@ -602,11 +639,14 @@ class Recorder(TorchDispatchMode):
                 self._displace(op, write)
         if tape is None:
             return self._count(result)
-        keys = dict.fromkeys(tensor.untyped_storage()._cdata for tensor in tensors_in(result) if _has_storage(tensor))
-        new = [key for key in keys if key not in self._storages]
+        keys = [t.untyped_storage()._cdata for t in tensors_in(result) if _has_storage(t)]
+        new = [key for key in dict.fromkeys(keys) if key not in self._storages]
         self._count(result)
         outputs = [tape.plain_value(self._storages[key]) for key in new]
-        tape.op(traits.name, inputs, outputs, self.modules.current, seconds, backward, traits.random)
+        if backward:
+            tape.runs(current_node())
+        call, temporaries = self.modules.current, self._room.temporaries
+        tape.op(traits.name, inputs, outputs, call, seconds, backward, traits.random, temporaries)
         return result
 
     def _current(self, tensor: Tensor) -> Activation | None:

@@ -72,6 +72,23 @@ NEVER_REPEAT: dict[str, str] = {
     "aten::from_file": "reads a file that may have changed",
     "aten::_fused_moving_avg_obs_fq_helper": "keeps observer state of its own",
 }
+UNCOUNTED: dict[str, str] = {
+    # op: the argument that it fills after autograd has saved it, and without counting that as a write.
+    "aten::rrelu_with_noise": "noise",
+    "aten::rrelu_with_noise_": "noise",
+}
+CONJUGATES_INSIDE = "aten::linalg_"
+"""Kernels of these names may conjugate lazily what they go on to compute with, as `linalg_pinv` does. Under a dispatch
+mode PyTorch then leaves the conjugation out: https://github.com/pytorch/pytorch/issues/198118."""
+BRANCHING_NODES = frozenset(
+    # Autograd nodes whose formula is another one while a dispatch mode is active: it rounds in another way.
+    f"{name}Backward{number}"
+    for name, number in (
+        *(("Max", 1), ("Min", 1), ("Median", 0), ("Nanmedian", 0), ("MaskedFill", 1)),
+        *(("Prod", 0), ("Prod", 1), ("Cumprod", 0), ("Ormqr", 0)),
+        *(("LinalgDet", 0), ("LinalgEig", 0), ("LinalgEigh", 0)),
+    )
+)
 MAY_LEAVE_DEVICE = frozenset({"aten::_to_copy", "aten::copy_", "aten::copy"})
 _UNREPEATABLE_TAGS = {
     torch.Tag.dynamic_output_shape: "its output shape depends on data",
@@ -93,6 +110,8 @@ class Traits:
         opaque: why it must never be repeated; empty if it may be.
         uninitialised: its result has no defined content.
         overwrites: what it writes does not depend on what was there.
+        uncounted: the argument it fills after autograd has saved it, without counting a write; empty if none.
+        conjugates: its kernel may conjugate lazily inside.
         stats: positions of running statistics that training overwrites, and of the `training` flag.
         check: whether `why_opaque` must look at the arguments of each call.
         plain: reads tensors, one per argument, and makes new ones: nothing else to see to.
@@ -106,6 +125,8 @@ class Traits:
     opaque: str = ""
     uninitialised: bool = False
     overwrites: bool = False
+    uncounted: str = ""
+    conjugates: bool = False
     stats: tuple[tuple[int, int], int | None] | None = None
     check: bool = False
     plain: bool = False
@@ -140,6 +161,9 @@ def _read(func: Any) -> Traits:
     tags = set(func.tags)
     reshapes = torch.Tag.inplace_view in tags and not opaque
     aliased = bool(schema.returns) and all(result.alias_info is not None for result in schema.returns)
+    stats = RUNNING_STATS.get(qualified)
+    if stats is not None and not any(argument.name == "running_mean" for argument in schema.arguments):
+        stats = None  # an overload that takes none, such as `_native_batch_norm_legit.no_stats`
     check = qualified in MAY_LEAVE_DEVICE or qualified == "aten::index"
     if not opaque and func.namespace not in ("aten", "prims"):
         opaque = f"of library {func.namespace!r}, which Rekindle does not know"
@@ -155,9 +179,11 @@ def _read(func: Any) -> Traits:
         uninitialised=qualified in UNINITIALISED,
         overwrites=qualified in OVERWRITES
         or (qualified not in UNINITIALISED and any(name == "out" for _, name in writes)),
-        stats=RUNNING_STATS.get(qualified),
+        uncounted=UNCOUNTED.get(qualified, ""),
+        conjugates=qualified.startswith(CONJUGATES_INSIDE),
+        stats=stats,
         check=check,
-        plain=not writes and qualified not in RUNNING_STATS and not any(map(_may_nest, schema.arguments)),
+        plain=not writes and stats is None and not any(map(_may_nest, schema.arguments)),
     )
 
 

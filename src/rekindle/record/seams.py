@@ -17,7 +17,7 @@ class Keeper(Protocol):
     makes: bool
     reads: bool
 
-    def made(self, name: str, call: ModuleCall) -> bool:
+    def made(self, name: str, activation: Activation) -> bool:
         """Whether a new evictable activation becomes a checkpoint. Asked only if `makes`."""
 
     def read(self, made_in: ModuleCall, read_in: ModuleCall) -> bool:
@@ -34,6 +34,8 @@ class Room(Protocol):
     watches: bool
     measures: bool
     hungry: set[str]
+    seconds: float
+    temporaries: int
 
     def rescue(
         self,

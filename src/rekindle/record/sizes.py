@@ -13,6 +13,7 @@ all that follow.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,18 +75,26 @@ class Sizes:
             _put(self._guessed, signature, guess)
         return guess
 
-    def measure(self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Need]:
-        """Run the op and remember what it needed. Returns its result and that; nothing if it could not be measured."""
+    def measure(
+        self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Any, Need, float]:
+        """Run the op and remember what it needed. Returns its result, that (a guess if it could not be measured), and
+        the seconds it took."""
         if not _can_measure(args, kwargs):
-            return func(*args, **kwargs), Need(0, 0)
+            start = time.perf_counter()
+            return func(*args, **kwargs), Need(0, 0), time.perf_counter() - start
         with AllocatorWatch() as watch:
+            start = time.perf_counter()
             result = func(*args, **kwargs)
+            seconds = time.perf_counter() - start
+        if not watch.worked:  # another profiler is on
+            return result, self.guess(signature, func, args, kwargs), seconds
         results = max(0, watch.nbytes)
         need = Need(results, watch.peak_nbytes - results)
-        if watch.worked and not _by_data(func, args):
+        if not _by_data(func, args):
             _put(self._measured, signature, need)
             self._guessed.pop(signature, None)
-        return result, need
+        return result, need, seconds
 
 
 def _put(table: dict[Any, Need], signature: Any, need: Need) -> None:
@@ -163,6 +172,18 @@ def _results(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int | No
     if func._schema.name in _LOSSES:
         return max(nbytes, nbytes_of(args[0]))  # the kernel reduces in the storage of what it reduces
     return nbytes
+
+
+def made_nbytes(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> int:
+    """Bytes of the new storages that an op of the CPU returned on fake tensors. Where its kernel would return larger
+    ones than the shape function says, they are made as large."""
+    read = {tensor.untyped_storage()._cdata for tensor in (*tensors_of(args), *tensors_of(kwargs.values()))}
+    made = [tensor for tensor in tensors_of([result]) if tensor.untyped_storage()._cdata not in read]
+    if made and _name(func) in _LOSSES:
+        made[0].untyped_storage().resize_(max(nbytes_of(made[0]), nbytes_of(args[0])))
+    elif made and _name(func) == "aten::mkldnn_rnn_layer":
+        made[-1].untyped_storage().resize_(rnn_workspace(args))
+    return sum({(storage := tensor.untyped_storage())._cdata: storage.nbytes() for tensor in made}.values())
 
 
 def _meta(arg: Any, storages: dict[int, torch.UntypedStorage]) -> Any:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from rekindle.graph import Call, Graph, Op, Value
+from rekindle.graph import Call, Demand, Graph, Op, Value
 from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Ledger, Tracked
 from rekindle.record.modules import ModuleCall
+from rekindle.record.torch_private import use_count
 
 OLDER = "made by an op of an earlier step"
+_OURS = 2  # the alias that Rekindle holds, and the Python object that asks
 _bases = itertools.count()  # ids of one tape mean nothing on another
 
 
@@ -31,12 +34,36 @@ class _Draft:
     name: str = ""
     why_kept: str = ""
     saved_in: list[int] = field(default_factory=list)
+    dropped: int | None = None
+    overwrites: int | None = None
+    overwritten: int | None = None
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A demand of a node that may still be running."""
+
+    value: int
+    before: int
+    until: int = 0
 
 
 class Tape:
-    """Collects ops and values as ids; `graph()` makes them a frozen `Graph`."""
+    """Collects ops and values as ids; `graph()` makes them a frozen `Graph`.
 
-    def __init__(self) -> None:
+    When user code lets go of a value is the moment its storage dies or, if Rekindle itself holds that, when the last
+    other tensor that was seen to look at it dies.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._demands: list[_Asked] = []
+        self._running: list[_Asked] = []
+        self._node = -1
+        self._watched: dict[int, list[int]] = {}
+        self._tensors: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._left: set[int] = set()
+        self._states = self._standing = 0
         self._values: list[_Draft] = []
         self._base = next(_bases) << 32
         self._ops: list[Op] = []
@@ -65,6 +92,7 @@ class Tape:
             tracked.value_id = self._add(
                 _Draft(tracked.nbytes, None, (), "", device, False, why_kept="not recorded for recomputation")
             )
+            self._watched.setdefault(tracked.key, []).append(tracked.value_id - self._base)
         return tracked.value_id - self._base
 
     def values_read(self, ledger: Ledger, args: Sequence[Any], kwargs: dict[str, Any]) -> list[int]:
@@ -90,7 +118,78 @@ class Tape:
         number = self.value_of(activation)
         draft = self._values[number]
         draft.evictable, draft.why_kept = not activation.why_kept, activation.why_kept
+        tensor = activation.watched()
+        if tensor is not None:
+            self._watched.setdefault(activation.home, []).append(number)
+            self.seen(tensor)
         return number
+
+    def seen(self, tensor: torch.Tensor) -> None:
+        """Watch for the end of a tensor that looks at a value."""
+        try:
+            key = tensor.untyped_storage()._cdata
+        except (NotImplementedError, RuntimeError):
+            return
+        if key in self._watched and id(tensor) not in self._tensors:
+            me = id(tensor)
+            self._tensors[me] = weakref.ref(tensor, lambda _: self._let_go(key, me))
+
+    def overwrites(self, new: Activation | None, old: Activation) -> None:
+        """Note that the op written down next wrote over `old`, and that its storage holds `new` then."""
+        draft = self._values[self.value_of(old)]
+        draft.overwritten = len(self._ops)
+        if new is not None:
+            self._values[self.value_of(new)].overwrites = self.value_of(old)
+
+    def state(self, nbytes: int) -> None:
+        """Count the state of a generator, which stays as long as its op may be repeated."""
+        self._states += nbytes
+
+    def died(self, tracked: Tracked) -> None:
+        """Note the end of a storage."""
+        if tracked.recomputed:
+            return
+        for number in self._watched.pop(tracked.key, ()):
+            draft = self._values[number]
+            if draft.dropped is None:
+                draft.dropped = len(self._ops)
+
+    def runs(self, node: int) -> None:
+        """Note which node of the backward pass is running; -1 if none is."""
+        if node == self._node:
+            return
+        self._node = node
+        for asked in self._running:
+            asked.until = len(self._ops)
+        self._running.clear()
+
+    def asked(self, value_id: int, node: int) -> None:
+        """Note that a node of the backward pass wants a value back that autograd saved."""
+        self._settle()
+        self.runs(node)
+        if not self._knows(value_id):
+            return
+        asked = _Asked(value_id - self._base, len(self._ops))
+        self._running.append(asked)
+        self._demands.append(asked)
+
+    def _let_go(self, key: int, tensor: int) -> None:
+        """A tensor died, or is about to: its bytes are looked at when it surely is gone."""
+        del self._tensors[tensor]
+        self._left.add(key)
+
+    def _settle(self) -> None:
+        """Where the last tensor died that was not ours, user code has let go of what it looked at."""
+        left, self._left = self._left, set()
+        for key in left:
+            tracked = self._ledger.storages.get(key)
+            storage = tracked() if tracked is not None else None
+            if tracked is None or tracked.lent is None or storage is None or use_count(storage) > _OURS:
+                continue
+            for number in self._watched.get(key, ()):
+                draft = self._values[number]
+                if draft.dropped is None:
+                    draft.dropped = len(self._ops)
 
     def op(
         self,
@@ -101,13 +200,27 @@ class Tape:
         seconds: float,
         backward: bool,
         random: bool,
+        temporaries: int,
     ) -> None:
-        """Write one op down. `seconds` is what it took, on the clock of the host."""
+        """Write one op down. `seconds` is what it took, on the clock of the host, and `temporaries` the bytes that its
+        kernel allocated for itself."""
+        self._settle()
+        self._standing = max(self._standing, self._ledger.leaf_nbytes)
         number = len(self._ops)
         for value in outputs:
             self._values[value].made_by = number
         self._ops.append(
-            Op(number, name, tuple(inputs), tuple(outputs), self._call(call), seconds, backward=backward, random=random)
+            Op(
+                number,
+                name,
+                tuple(inputs),
+                tuple(outputs),
+                self._call(call),
+                seconds,
+                backward,
+                random,
+                temporaries,
+            )
         )
 
     def saved(self, activation: Activation, call: ModuleCall) -> None:
@@ -119,6 +232,8 @@ class Tape:
 
     def graph(self, names: dict[int, str]) -> Graph:
         """The step so far. `names` gives the names of parameters and buffers by the address of their storage."""
+        self._settle()
+        self.runs(-1)
         for value, key in self._leaf_keys.items():
             self._values[value].name = names.get(key, "")
         values = tuple(
@@ -133,10 +248,14 @@ class Tape:
                 draft.evictable,
                 draft.name,
                 draft.why_kept,
+                draft.dropped,
+                draft.overwrites,
+                draft.overwritten,
             )
             for number, draft in enumerate(self._values)
         )
-        return Graph(tuple(self._ops), values, tuple(self._calls))
+        demands = tuple(Demand(asked.value, asked.before, asked.until) for asked in self._demands)
+        return Graph(tuple(self._ops), values, tuple(self._calls), demands, self._standing + self._states)
 
     def _add(self, draft: _Draft) -> int:
         self._values.append(draft)

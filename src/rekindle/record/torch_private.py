@@ -22,14 +22,19 @@ version which breaks one fails there first.
   stack of frames tells that an op was called by such code.
 * Keys of hooks. Dynamo guards the keys of the global module hooks, so a hook that comes back has to come back under the
   key it had, or each step would compile again.
-* Nodes. The engine knows which node of the graph it is running, and nodes have numbers.
+* Nodes. The engine knows which node of the graph it is running, and nodes have numbers and names. Formulas of some of
+  them ask whether a dispatch mode is active, and the engine puts back after each node whatever that has changed of it.
+* Lazy conjugation. A handler runs with the kernels excluded that carry it out, though what it calls may need them.
+* Fake tensors. A step without bytes: they are what PyTorch's own compiler traces with, and have no public home.
+* Fused attention. Which kernel a CUDA device takes is decided by a device that may not be there.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from types import FrameType
 from typing import Any
@@ -38,10 +43,14 @@ import torch
 from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy, _profiler_enabled
 from torch._C._dynamo import eval_frame
 from torch._C._profiler import ProfilerConfig, ProfilerState
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 _AD_INPLACE_OR_VIEW = torch._C.DispatchKey.ADInplaceOrView
+_LAZY = (torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative)
 
 current_graph_task: Callable[[], int] = torch._C._current_graph_task_id
 """The number of the backward pass running on this thread, -1 outside of one."""
@@ -51,6 +60,61 @@ def current_node() -> int:
     """The number of the autograd node running on this thread, -1 outside of a backward pass."""
     node: Any = torch._C._current_autograd_node()
     return int(node._sequence_nr()) if node is not None else -1
+
+
+flash_attention: Callable[..., Any] = torch.ops.aten._scaled_dot_product_flash_attention.default
+"""The attention of CUDA devices for short floats without a mask. Its first result is the output."""
+efficient_attention: Callable[..., Any] = torch.ops.aten._scaled_dot_product_efficient_attention.default
+"""The attention of CUDA devices for all else. Its first result is the output."""
+FAKE_ERRORS = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedOperatorException,
+    fake_tensor.UnsupportedFakeTensorException,
+)
+"""What fake tensors raise for ops whose result, or its shape, they cannot tell."""
+no_modes: Callable[[], AbstractContextManager[Any]] = _disable_current_modes
+"""Runs one block outside of all modes. A fake tensor finds the mode that it belongs to by itself."""
+
+
+@contextmanager
+def faking(mode: FakeTensorMode) -> Iterator[None]:
+    """Runs one block in which ops make fake tensors.
+
+    These are not known as such to those who ask for `torch._subclasses.FakeTensor`: Transformers does, and then takes
+    another way than in a real step (it builds masks that it would leave out). What fails is not logged, only raised.
+    """
+    known, log = torch._subclasses.FakeTensor, logging.getLogger(fake_tensor.__name__)
+    was_disabled, log.disabled = log.disabled, True
+    torch._subclasses.FakeTensor = _Nobody  # type: ignore[misc, assignment]
+    try:
+        with mode:
+            yield
+    finally:
+        log.disabled = was_disabled
+        torch._subclasses.FakeTensor = known  # type: ignore[misc]
+
+
+class _Nobody:
+    """What no tensor is."""
+
+
+def step_aside(mode: TorchDispatchMode, nodes: Collection[str]) -> None:
+    """Take `mode` away until the running autograd node ends, if its name is among `nodes`. Not if there are others:
+    plain PyTorch would run under these."""
+    node: Any = torch._C._current_autograd_node()
+    if node is None or node.name() not in nodes:
+        return
+    if torch._C._len_torch_dispatch_stack() == 1 and torch._C._get_dispatch_stack_at(0) is mode:
+        torch._C._pop_torch_dispatch_stack(None)
+
+
+@contextmanager
+def conjugating() -> Iterator[None]:
+    """Have lazy conjugation carried out by what is called inside `__torch_dispatch__`."""
+    guard = torch._C._SetExcludeDispatchKeyGuard
+    with guard(_LAZY[0], False), guard(_LAZY[1], False):
+        yield
 
 
 without_dispatch_modes: Callable[[], AbstractContextManager[Any]] = torch._C._DisableTorchDispatch

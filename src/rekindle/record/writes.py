@@ -34,9 +34,10 @@ class Write:
         doomed: those of them that the write destroys in the sight of autograd, if it asks.
         spared: the ops that read of `old` only what the write does not touch, if `old` is a leaf.
         intact: nobody has written to it yet where the recorder could not see.
+        counted: autograd counts the write, if it sees the tensors.
     """
 
-    __slots__ = ("doomed", "handles", "intact", "key", "old", "spared", "tensors", "watch", "whole")
+    __slots__ = ("counted", "doomed", "handles", "intact", "key", "old", "spared", "tensors", "watch", "whole")
 
     def __init__(self, old: Activation, tensor: Tensor, whole: bool) -> None:
         self.old, self.tensors, self.whole = old, [tensor], whole
@@ -46,6 +47,7 @@ class Write:
         self.doomed: list[Any] = []
         self.spared: list[Op] = []
         self.intact = not old.changed()
+        self.counted = True
 
     def touches(self, window: Window) -> bool:
         """Whether it may write bytes that `window` looks at."""
@@ -133,6 +135,15 @@ def written_tensors(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any
     if traits.stats is not None and trains(traits.stats, args):
         for position in traits.stats[0]:
             yield from tensors_in(args[position])
+
+
+def uncounted_target(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor that an op fills after autograd has saved it: no write in the sight of autograd."""
+    if not traits.uncounted:
+        return None
+    position = next(position for position, name in traits.writes if name == traits.uncounted)
+    found: Tensor | None = args[position] if position < len(args) else kwargs.get(traits.uncounted)
+    return found
 
 
 def listed_targets(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[tuple[Tensor, int]]:

@@ -24,12 +24,12 @@ class Decisions:
         self._snapshots = snapshots
         self._stats = stats
 
-    def made(self, name: str, call: ModuleCall) -> bool:
-        """Whether a new evictable activation becomes a checkpoint."""
+    def made(self, name: str, activation: Activation) -> bool:
+        """Whether a new evictable activation becomes a checkpoint; `name` is the op that made it."""
         if self._decider is not None:
-            keep = self._decider.made(call)
+            keep = self._decider.made(activation.call)
         else:
-            keep = self.follower is not None and self.follower.made(name)
+            keep = self.follower is not None and self.follower.made(name, activation)
         if keep:
             self._stats.checkpoints += 1
         return keep

@@ -1,76 +1,154 @@
-"""Obeys plans: matches the running stream of activations to that of a planned step."""
+"""Obeys plans: matches the running stream of activations, and of what autograd asks for, to that of a planned step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from rekindle.graph import Graph, Plan
+from rekindle.graph import Graph, Plan, Turn
+from rekindle.record.activation import Activation
+
+Stream: TypeAlias = tuple[tuple[str, int], ...]
+"""The evictable activations of a step in the order made: the op that made each, and its bytes."""
 
 _MOST_PLANS = 16
+_MOST_SKIPPED = 64  # demands in a row that may be missing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedStep:
-    """A plan laid out along the stream it was made for.
+    """A plan laid out along the stream it was made for: activations are known by their position in it.
 
     Attributes:
+        graph: the step that it was made for.
         plan: the plan.
-        names: the op that made each evictable activation, in the order made.
+        names: the op that made each evictable activation, in the order made, and its bytes if the plan has a budget.
         keeps: whether the plan keeps it.
         prefixes: hash of the stream before each position, and of all of it.
+        asked: which activation autograd asks for, demand by demand.
+        turns: what is retained and let go of then; empty if the plan leaves that to the runtime.
+        watched: the activations that are asked for or let go of.
     """
 
+    graph: Graph
     plan: Plan
-    names: tuple[str, ...]
+    names: Stream
     keeps: tuple[bool, ...]
     prefixes: tuple[int, ...]
+    asked: tuple[int, ...]
+    turns: tuple[Turn, ...]
+    watched: frozenset[int]
 
     @classmethod
     def of(cls, graph: Graph, plan: Plan) -> PlannedStep:
         """Lay a plan out along the stream of its graph."""
-        stream = [(op.name, value) for op in graph.ops for value in op.outputs if graph.values[value].evictable]
-        names = tuple(name for name, _ in stream)
+        stream = [value for op in graph.ops for value in op.outputs if graph.values[value].evictable]
+        names = stream_of(graph)
+        if plan.forecast is None:
+            names = tuple((name, 0) for name, _ in names)
         prefixes = [0]
         for name in names:
             prefixes.append(hash((prefixes[-1], name)))
-        return cls(plan, names, tuple(plan.keeps(value) for _, value in stream), tuple(prefixes))
+        position = {value: index for index, value in enumerate(stream)}
+        asked: list[int] = []
+        turns: list[Turn] = []
+        for demand, turn in zip(graph.demands, plan.turns, strict=False):
+            if demand.value in position:
+                asked.append(position[demand.value])
+                retained = frozenset(position[value] for value in turn.retained)
+                turns.append(Turn(retained, tuple(position[value] for value in turn.dropped)))
+        watched = frozenset(asked).union(*(turn.dropped for turn in turns))
+        keeps = tuple(plan.keeps(value) for value in stream)
+        return cls(graph, plan, names, keeps, tuple(prefixes), tuple(asked), tuple(turns), watched)
 
 
 class Follower:
-    """Says for each activation of a step whether the plan keeps it.
+    """Says for each activation of a step whether the plan keeps it, and for each demand what is retained.
 
     A stream that departs from its plan is looked up among the other plans that began alike. If there is none, what
-    autograd saves from there on is held as plain PyTorch would: more memory, never wrong.
+    autograd saves from there on is held as plain PyTorch would, and goes when there is no room: slower, never wrong.
     """
 
     def __init__(self, planned: Sequence[PlannedStep]) -> None:
         self.departed = not planned
+        self.on_departure: Callable[[], None] | None = None
         self._planned = planned
-        self._step = planned[0] if planned else None
+        self.step = planned[0] if planned else None
         self._position = 0
+        self._demand = 0
+        self._activations: dict[int, weakref.ref[Activation]] = {}
 
-    def made(self, name: str) -> bool:
+    def made(self, name: str, activation: Activation) -> bool:
         """Whether the next activation of the stream is kept; `name` is the op that made it."""
-        step = self._step
+        step = self.step
         if step is None:
             return False
         position = self._position
-        if position >= len(step.names) or step.names[position] != name:
-            step = self._step = self._other(position, name)
+        if position >= len(step.names) or not _same(step, position, name, activation.nbytes):
+            step = self.step = self._other(position, name, activation.nbytes)
             if step is None:
-                self.departed = True
+                self._depart()
                 return False
         self._position = position + 1
+        activation.position = position
+        self._activations[position] = weakref.ref(activation)
         return step.keeps[position]
 
-    def _other(self, position: int, name: str) -> PlannedStep | None:
-        assert self._step is not None
-        prefix = self._step.prefixes[position]
+    def asked(self, activation: Activation) -> Turn | None:
+        """What the plan says now that autograd asks for an activation; None if it says nothing."""
+        step = self.step
+        if step is None or not step.turns or self.departed:
+            return None
+        reference = self._activations.get(activation.position)
+        if reference is None or reference() is not activation:
+            return None  # it belongs to another step
+        try:
+            demand = step.asked.index(activation.position, self._demand, self._demand + _MOST_SKIPPED)
+        except ValueError:
+            self._depart()
+            return None
+        for skipped in step.turns[self._demand : demand]:  # of what autograd holds itself
+            self.drop(skipped)
+        self._demand = demand + 1
+        return step.turns[demand]
+
+    def drop(self, turn: Turn) -> None:
+        """Let go of what the plan wants no longer."""
+        for position in turn.dropped:
+            reference = self._activations.get(position)
+            activation = reference() if reference is not None else None
+            if activation is not None and activation.held is not None and not activation.is_marked:
+                activation.release()
+
+    def _depart(self) -> None:
+        self.departed = True
+        if self.on_departure is not None:
+            self.on_departure()
+
+    def _other(self, position: int, name: str, nbytes: int) -> PlannedStep | None:
+        assert self.step is not None
+        prefix = self.step.prefixes[position]
         for step in self._planned:
-            if position < len(step.names) and step.prefixes[position] == prefix and step.names[position] == name:
+            if position < len(step.names) and step.prefixes[position] == prefix and _same(step, position, name, nbytes):
                 return step
         return None
+
+
+def _same(step: PlannedStep, position: int, name: str, nbytes: int) -> bool:
+    known, size = step.names[position]
+    return known == name and (size == nbytes or not size)
+
+
+def stream_of(graph: Graph) -> Stream:
+    """The stream of a recorded step."""
+    return tuple(
+        (op.name, graph.values[value].nbytes)
+        for op in graph.ops
+        for value in op.outputs
+        if graph.values[value].evictable
+    )
 
 
 class PlanCache:
@@ -84,6 +162,10 @@ class PlanCache:
         step = PlannedStep.of(graph, plan)
         others = [other for other in self.planned if other.names != step.names]
         self.planned = [step, *others][:_MOST_PLANS]
+
+    def find(self, names: Stream) -> PlannedStep | None:
+        """The plan of a stream, if there is one."""
+        return next((step for step in self.planned if step.names == names), None)
 
     def follow(self) -> Follower:
         """A follower for the step that begins now."""

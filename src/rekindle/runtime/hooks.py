@@ -12,10 +12,13 @@ from rekindle._errors import SavedTensorModified
 from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Window, look, window_of
 from rekindle.record.modules import ModuleCall
+from rekindle.record.schema import BRANCHING_NODES
 from rekindle.record.torch_private import (
     at_recorded_level,
     current_graph_task,
+    current_node,
     never_compile,
+    step_aside,
     when_backward_ends,
     without_dispatch_modes,
 )
@@ -23,6 +26,7 @@ from rekindle.record.torch_private import (
 if TYPE_CHECKING:
     from rekindle.record.recorder import Recorder
     from rekindle.record.seams import Checksums
+    from rekindle.runtime.follow import Follower
     from rekindle.runtime.replay import Replayer
 
 
@@ -68,6 +72,7 @@ class SavedTensors:
         """`saved(activation, call)` decides whether one that autograd saves now is held from now on; `snapshot` says
         that what is saved survives an in-place write."""
         self.checksums: Checksums | None = None
+        self.follower: Follower | None = None  # of the step, if a plan says what to hold and let go of
         self._snapshot = snapshot
         self._recorder = recorder
         self._storages = recorder.ledger.storages
@@ -102,10 +107,16 @@ class SavedTensors:
             SavedTensorModified: an in-place operation changed it, which plain autograd refuses too.
             LeafModified, RecomputeError: it cannot be recomputed.
         """
+        step_aside(self._recorder, BRANCHING_NODES)  # the node runs as it does in plain PyTorch, unseen
         self._replayer.asked()
+        tape = self._recorder.tape
         if isinstance(packed, Saved):
+            if tape is not None and (tracked := self._storages.get(packed.key)) is not None:
+                tape.asked(tracked.value_id, current_node())
             return self._check(packed)
         activation = packed.activation
+        if tape is not None:
+            tape.asked(activation.value_id, current_node())
         if activation.overwritten or activation.changed():
             by = activation.overwritten or "a write outside of the session"
             raise SavedTensorModified(
@@ -122,13 +133,17 @@ class SavedTensors:
             self._graph_task = graph_task
             when_backward_ends(self._replayer.release_retained)
         packed.graph_task = graph_task
+        follower = self.follower
+        turn = follower.asked(activation) if follower is not None else None
         base = activation.base()
         if base is None:
-            base = self._replayer.bring_back(activation, graph_task)
+            base = self._replayer.bring_back(activation, graph_task, turn)
         if self.checksums is not None:
             self.checksums.compare(activation, base, saved=True)
-        tensor = _look(base, packed.window)
-        if activation.retained and not activation.pending(graph_task):
+        tensor = self._look(base, packed.window)
+        if turn is not None and follower is not None:
+            follower.drop(turn)
+        elif activation.retained and not activation.pending(graph_task):
             self._replayer.leave(activation)
         return tensor
 
@@ -146,6 +161,7 @@ class SavedTensors:
         activation.add_handle(handle)
         if recorder.tape is not None:
             recorder.tape.saved(activation, call)
+            recorder.tape.seen(tensor)
         if self.checksums is not None:
             self.checksums.compare(activation, tensor, saved=True)
         wanted = activation.op is None or activation.is_checkpoint
@@ -159,8 +175,7 @@ class SavedTensors:
             self._hold(activation, tensor, activation.watched())
 
     def _hold(self, activation: Activation, tensor: torch.Tensor, source: torch.Tensor | None) -> None:
-        with without_dispatch_modes():
-            activation.held = (tensor if source is None else source).detach()
+        activation.held = self._alias(tensor if source is None else source)
         if source is None and not tensor.is_inference():
             activation.version = tensor._version  # another tensor on the same bytes may count its writes apart
         self._recorder.lend(activation)
@@ -168,8 +183,14 @@ class SavedTensors:
     def _as_it_is(self, tensor: torch.Tensor, key: int, call: ModuleCall) -> Saved:
         if tensor.requires_grad and tensor.is_leaf:
             return Saved(tensor, key, call)  # not an alias: like autograd, follow what `parameter.data = other` does
+        return Saved(self._alias(tensor), key, call)
+
+    def _alias(self, tensor: torch.Tensor) -> torch.Tensor:
         with without_dispatch_modes():
-            return Saved(tensor.detach(), key, call)
+            return tensor.detach()
+
+    def _look(self, base: torch.Tensor, window: Window) -> torch.Tensor:
+        return _look(base, window)
 
     def _check(self, packed: Saved) -> torch.Tensor:
         if packed.version is not None and packed.tensor._version != packed.version:

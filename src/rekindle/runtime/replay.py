@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from rekindle._errors import LeafModified, RecomputeError, RecomputeMismatch, RekindleError
+from rekindle.graph import Turn
 from rekindle.record.activation import Activation, Op, Ref, Scratch
 from rekindle.record.aliasing import Ledger, look
+from rekindle.record.schema import traits_of
 from rekindle.record.seams import Checksums, Room
-from rekindle.record.torch_private import at_recorded_level, current_node, never_compile
+from rekindle.record.torch_private import at_recorded_level, conjugating, current_node, never_compile
 from rekindle.runtime.stats import Stats
 
 Tensor = torch.Tensor
@@ -43,8 +45,8 @@ class Replayer:
         self._leaving: weakref.ref[Activation] | None = None
         self._leaving_node = -1
 
-    def bring_back(self, activation: Activation, graph_task: int) -> Tensor:
-        """The bytes of an activation: a tensor on its storage, alive or recomputed.
+    def bring_back(self, activation: Activation, graph_task: int, turn: Turn | None = None) -> Tensor:
+        """The bytes of an activation: a tensor on its storage, alive or recomputed. `turn` is what a plan says of it.
 
         Raises:
             LeafModified: what it would be recomputed from was changed since the forward pass.
@@ -57,7 +59,7 @@ class Replayer:
             stats, start = self._stats(), time.perf_counter()
             stats.recompute_calls += 1
             try:
-                return self._recompute(activation, graph_task, stats)
+                return self._recompute(activation, graph_task, turn, stats)
             except Exception:
                 stats.failed_recomputes += 1
                 raise
@@ -93,8 +95,8 @@ class Replayer:
                 if activation is not None and activation.retained:
                     activation.release()
 
-    def _recompute(self, target: Activation, graph_task: int, stats: Stats) -> Tensor:
-        replay = _Replay(self, graph_task)
+    def _recompute(self, target: Activation, graph_task: int, turn: Turn | None, stats: Stats) -> Tensor:
+        replay = _Replay(self, graph_task, turn)
         ops = replay.missing(target)
         self._let_go()
         with at_recorded_level():
@@ -148,11 +150,12 @@ class _Replay:
         uses: how many ops to come read each activation that has to be made.
     """
 
-    __slots__ = ("bases", "graph_task", "made", "replayer", "result", "uses")
+    __slots__ = ("bases", "graph_task", "made", "replayer", "result", "turn", "uses")
 
-    def __init__(self, replayer: Replayer, graph_task: int) -> None:
+    def __init__(self, replayer: Replayer, graph_task: int, turn: Turn | None) -> None:
         self.replayer = replayer
         self.graph_task = graph_task
+        self.turn = turn
         self.result: Tensor | None = None
         self.bases: dict[int, Tensor] = {}
         self.made: set[int] = set()
@@ -175,7 +178,10 @@ class _Replay:
             if self.uses[id(activation)]:
                 self.bases[id(activation)] = base
                 self.made.add(id(activation))
-            wanted = activation is target or activation.pending(self.graph_task)
+            if self.turn is not None:
+                wanted = activation is target or activation.position in self.turn.retained
+            else:
+                wanted = activation is target or activation.pending(self.graph_task)
             if wanted and self.graph_task != -1 and activation.base() is None:
                 self.replayer.retain(activation, base, op.number)
         for source in op.inputs:
@@ -274,6 +280,9 @@ def missing_ops(target: Activation, most: int | None = None) -> Missing:
 def _call(op: Op, args: list[Any], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
     """Repeat an op through `run`, with the numbers that it drew."""
     try:
+        if traits_of(op.func).conjugates:
+            with conjugating():
+                return run(op.func, args, kwargs, op.call)
         if op.random is None:
             return run(op.func, args, kwargs, op.call)
         generator, state = op.random

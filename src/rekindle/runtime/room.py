@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,8 @@ class Room:
         watches: whether memory is looked at before each op.
         measures: whether what every op needs is measured, in the steps that are recorded as a graph.
         hungry: names of the ops whose kernels were seen to take much more than what they return.
+        seconds: what the last op took, while every op is measured.
+        temporaries: bytes that its kernel allocated for itself.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class Room:
         self.watches = watches
         self.measures = False
         self.hungry: set[str] = set()
+        self.seconds = 0.0
+        self.temporaries = 0
         self._ledger = ledger
         self._evictor = evictor
         self._pressure = pressure
@@ -88,11 +93,16 @@ class Room:
         try:
             if need is not None:
                 self._ledger.note(need.nbytes)
-                return func(*args, **kwargs)
-            result, need = self._sizes.measure(signature, func, args, kwargs)
+                self.temporaries = need.temporaries
+                start = time.perf_counter()
+                result = func(*args, **kwargs)
+                self.seconds = time.perf_counter() - start
+                return result
+            result, need, self.seconds = self._sizes.measure(signature, func, args, kwargs)
         except torch.OutOfMemoryError as error:
             return self.rescue(error, func, args, kwargs, random)
         self._ledger.note(need.nbytes)
+        self.temporaries = need.temporaries
         if need.temporaries > _SMALL:
             self.hungry.add(traits_of(func).name)
         return result

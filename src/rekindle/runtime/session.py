@@ -11,28 +11,26 @@ from typing import Literal, NoReturn
 
 import torch
 
-from rekindle._bytes import format_bytes, parse_bytes
+from rekindle._bytes import Amount, format_bytes, parse_bytes
 from rekindle._errors import SessionError, UnknownTensor, UnsupportedContext
 from rekindle.graph import Graph, Plan
-from rekindle.policy import Decider, KeepAll, PerModule, PolicyLike, check_policy, decider_of, make_plan
+from rekindle.policy import Decider, KeepAll, PerModule, PolicyLike, check_policy, decider_of
 from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Ledger
 from rekindle.record.modules import ModuleStack
-from rekindle.record.recorder import Recorder
+from rekindle.record.recorder import DEFAULT_MIN_NBYTES, Recorder
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import hooks_refused, in_func_transform
 from rekindle.runtime.checksums import Checksums
 from rekindle.runtime.decide import Decisions
 from rekindle.runtime.eviction import Eviction, EvictionPolicy, Evictor, Sweep
-from rekindle.runtime.follow import PlanCache
 from rekindle.runtime.hooks import SavedTensors
-from rekindle.runtime.pressure import Level, Pressure, default_reader
+from rekindle.runtime.learn import Learner
+from rekindle.runtime.pressure import Level, Pressure, default_reader, read_budget
 from rekindle.runtime.replay import Replayer
 from rekindle.runtime.room import Room
 from rekindle.runtime.snapshots import Snapshots
 from rekindle.runtime.stats import Stats
-
-DEFAULT_MIN_NBYTES = 1024
 
 
 class Session:
@@ -51,7 +49,8 @@ class Session:
         self,
         policy: PolicyLike | None = None,
         *,
-        memory_budget: int | str | None = None,
+        memory_budget: Amount | None = None,
+        headroom: int | str | None = None,
         inplace: Literal["strict", "snapshot"] = "strict",
         verify: bool = False,
         pressure: Pressure | None = None,
@@ -63,7 +62,9 @@ class Session:
             policy: what to keep. Without one, everything that autograd saves is kept, as far as there is room.
             memory_budget: the most bytes that may be live while the session is entered, such as "6GiB": parameters,
                 gradients, buffers and inputs that the step touches, and all that its ops allocate. Room is made before
-                each op by evicting what can be recomputed.
+                each op by evicting what can be recomputed. A float in (0, 1] is a share of the device's memory, "auto"
+                what is free now; `print(session)` says what was understood.
+            headroom: bytes of the budget to keep back, such as "500MB". "auto" keeps a twentieth back by itself.
             inplace: with "strict", an in-place write over what autograd saved is an error in the backward pass, as in
                 plain PyTorch; with "snapshot", what was saved survives the write.
             verify: compare each recomputed activation with a checksum of what it was. Slow.
@@ -73,7 +74,7 @@ class Session:
 
         Raises:
             PolicyError: `policy` is not a policy.
-            BytesError: `memory_budget` is not an amount of memory.
+            BytesError: `memory_budget` or `headroom` is not an amount of memory, or nothing is left.
             SessionError: `inplace` is something else.
         """
         if policy is not None:
@@ -81,15 +82,15 @@ class Session:
         if inplace not in ("strict", "snapshot"):
             raise SessionError(f'inplace is {inplace!r}. Write inplace="strict" or inplace="snapshot".')
         self.policy = policy
-        self.memory_budget = None if memory_budget is None else parse_bytes(memory_budget)
+        self.budget = None if memory_budget is None else read_budget(memory_budget, headroom)
+        self.memory_budget = None if self.budget is None else self.budget.nbytes
         self._finished = Stats()
         self._step = Stats()
         self._entry_nbytes = 0
         self._thread: int | None = None
         self._stack: ExitStack | None = None
-        self._plans = PlanCache()
+        self._learner = Learner(policy, self.memory_budget)
         self._graph: Graph | None = None
-        self._record_next = True
         self._marks = False
         self._may_rest = memory_budget is None and pressure is None and inplace == "strict" and not verify
         me = weakref.ref(self)
@@ -109,7 +110,7 @@ class Session:
                 session._meet(module)
 
         ledger = self._ledger = Ledger(on_death)
-        watches = self.memory_budget is not None or pressure is not None
+        watches = self._watches = self.memory_budget is not None or pressure is not None
         self.modules = ModuleStack(on_root if watches else None)
         self._pressure = (
             Pressure(default_reader(lambda: ledger.total_nbytes, self.memory_budget)) if pressure is None else pressure
@@ -145,8 +146,12 @@ class Session:
 
     def _open(self) -> None:
         self._recorder.keeper = self._decisions = self._new_decisions()
-        self._recorder.tape = Tape() if self._record_next else None
-        self._room.measures = self._record_next
+        self._recorder.tape = tape = Tape(self._ledger) if self._learner.records else None
+        self._ledger.on_end = tape.died if tape is not None else None
+        self._room.measures = tape is not None
+        follower = self._decisions.follower
+        self._saved_tensors.follower = follower
+        self._room.watches = self._watches and (self.policy is not None or follower is None)
         with ExitStack() as stack:
             self.modules.open()
             stack.callback(self.modules.close)
@@ -165,14 +170,14 @@ class Session:
             return
         stack.close()
         tape, self._recorder.tape = self._recorder.tape, None
+        self._ledger.on_end = None
         self._room.measures = False
         try:
             if tape is not None and error is None:
                 self._learn(tape)
         finally:
             self._recorder.cut()
-        if self._decisions.follower is not None and self._decisions.follower.departed:
-            self._record_next = True
+        self._learner.ended(self._decisions.follower)
         if isinstance(error, RuntimeError) and "saved tensor hooks" in str(error) and "torch.func" in str(error):
             raise UnsupportedContext(
                 "torch.func transforms (grad, vjp, jacrev, hessian) refuse saved-tensor hooks, so they cannot run "
@@ -214,16 +219,19 @@ class Session:
 
     def _new_decisions(self) -> Decisions:
         decider: Decider | None = decider_of(self.policy) if self.policy is not None else None
-        follower = None
-        if decider is None and self.policy is not None:
-            follower = self._plans.follow()
+        follower = self._learner.follow()
+        if follower is not None and self.policy is None:
+            follower.on_departure = self._go_on_line
         return Decisions(decider, follower, self.snapshots, self._step)
+
+    def _go_on_line(self) -> None:
+        """Make room op by op: the step is not the planned one."""
+        self._room.watches = self._watches
+        self._step.departures += 1
 
     def _learn(self, tape: Tape) -> None:
         graph = self._graph = tape.graph(self.modules.names())
-        if self.policy is not None and decider_of(self.policy) is None:
-            self._plans.add(graph, make_plan(self.policy, graph))
-        self._record_next = False
+        self._learner.learn(graph, self._ledger.leaf_nbytes + self._ledger.peak_nbytes)
         if isinstance(self.policy, PerModule) and (unmatched := self.policy.unmatched(graph)):
             warnings.warn(
                 f"{self.policy!r}: no module that ran is meant by {', '.join(map(repr, unmatched))}, so nothing is "
@@ -233,7 +241,7 @@ class Session:
 
     def _rests(self) -> bool:
         """Whether nothing has to be recorded in this step: all is kept, and nobody asked for more."""
-        return isinstance(self.policy, KeepAll) and self._may_rest and not self._record_next and not self._marks
+        return isinstance(self.policy, KeepAll) and self._may_rest and not self._learner.records and not self._marks
 
     def _meet(self, module: torch.nn.Module) -> None:
         """Know the bytes of parameters, gradients and buffers before an op reads them."""
@@ -332,8 +340,9 @@ class Session:
 
     @property
     def plan(self) -> Plan | None:
-        """The newest plan, for policies that plan from the graph of a step."""
-        return self._plans.planned[0].plan if self._plans.planned else None
+        """The newest plan, for a budget and for policies that plan from the graph of a step."""
+        planned = self._learner.plans.planned
+        return planned[0].plan if planned else None
 
     def __reduce__(self) -> NoReturn:
         raise SessionError(
@@ -346,4 +355,5 @@ class Session:
         return f"Session(policy={self.policy!r}{budget})"
 
     def __str__(self) -> str:
-        return f"{self!r}\n{self.stats}"
+        budget = "" if self.budget is None else f"\nbudget {self.budget}"
+        return f"{self!r}{budget}\n{self.stats}"

@@ -1,0 +1,82 @@
+"""Makes plans from recorded steps, and again when a step goes otherwise than its plan said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rekindle._errors import BudgetInfeasible
+from rekindle.graph import Graph
+from rekindle.policy import PolicyLike, decider_of, least_recompute, make_plan
+from rekindle.runtime.follow import Follower, PlanCache, stream_of
+
+_OFF = 0.02  # of the predicted peak; when the measured one is further away, the step is planned again
+_MOST_RECORDED = 4  # steps of one stream that are recorded
+
+
+class Learner:
+    """The plans of a session, and whether the next step is to be recorded for one.
+
+    With a budget, a stream is recorded twice at least: the first step warms up caches and libraries, and ops look
+    slower than they are.
+    """
+
+    def __init__(self, policy: PolicyLike | None, budget: int | None) -> None:
+        self.records = True
+        self.plans = PlanCache()
+        self._policy = policy
+        self._budget = budget
+        self._on_the_go = policy is not None and decider_of(policy) is not None
+        self._recorded: dict[int, int] = {}
+
+    def follow(self) -> Follower | None:
+        """A follower for the step that begins now; None if nothing is planned."""
+        if self._on_the_go or (self._policy is None and self._budget is None):
+            return None
+        if self._policy is None and not self.plans.planned:
+            return None
+        return self.plans.follow()
+
+    def learn(self, graph: Graph, peak: int) -> None:
+        """Plan for the step that has just been recorded. `peak` is the most bytes that were live in it."""
+        self.records = False
+        if self._on_the_go:
+            return
+        if self._policy is not None:
+            self.plans.add(graph, make_plan(self._policy, graph))
+        elif self._budget is not None and _is_whole(graph):
+            self._fit(graph, peak, self._budget)
+
+    def ended(self, follower: Follower | None) -> None:
+        """Note how a step went that followed plans."""
+        if follower is not None and follower.departed:
+            self.records = True
+
+    def _fit(self, graph: Graph, peak: int, budget: int) -> None:
+        stream = stream_of(graph)
+        count = self._recorded[hash(stream)] = self._recorded.get(hash(stream), 0) + 1
+        before = self.plans.find(stream)
+        if before is not None:
+            graph = _quicker(before.graph, graph)
+        try:
+            plan = least_recompute(graph, budget)
+        except BudgetInfeasible:
+            return  # it goes on line, or not at all
+        self.plans.add(graph, plan)
+        forecast = before.plan.forecast if before is not None else None
+        off = forecast is not None and abs(peak - forecast.peak) > _OFF * forecast.peak
+        self.records = count < 2 or (off and count < _MOST_RECORDED)
+
+
+def _is_whole(graph: Graph) -> bool:
+    """Whether the backward pass was recorded too: it asked for most of what was saved."""
+    asked = {demand.value for demand in graph.demands}
+    saved = [value for value in graph.values if value.saved_in and value.evictable]
+    return 2 * sum(value.nbytes for value in saved if value.number in asked) > sum(value.nbytes for value in saved)
+
+
+def _quicker(one: Graph, other: Graph) -> Graph:
+    """`other` with the seconds of whichever ran an op faster: what disturbs makes it slower, never faster."""
+    if [op.name for op in one.ops] != [op.name for op in other.ops]:
+        return other
+    ops = (replace(op, seconds=min(op.seconds, old.seconds)) for old, op in zip(one.ops, other.ops, strict=True))
+    return replace(other, ops=tuple(ops))
