@@ -211,6 +211,7 @@ class Recorder(TorchDispatchMode):
         try:
             result = self._run(func, traits, args, kwargs, call, op.random)
         except BaseException:
+            self._to_hold.clear()
             self._failed([*written, *past])
             raise
         op.seconds = self._room.seconds if self._room.measures else time.perf_counter() - start
@@ -230,7 +231,7 @@ class Recorder(TorchDispatchMode):
             for tensor in tensors_in(result):
                 op.outputs.append(self._output(op, traits, opaque, tensor, call, made))
         if self._to_hold:
-            self._hold_sources(made)
+            self._hold_sources(made, written)
         if self.checksums is not None:
             for activation in made:
                 if activation is not None and (base := activation.base()) is not None:
@@ -250,11 +251,15 @@ class Recorder(TorchDispatchMode):
             tape.op(traits.name, inputs, outputs, call, op.seconds, backward, traits.random, self._room.temporaries)
         return result
 
-    def _hold_sources(self, made: list[Activation | None]) -> None:
-        """Hold the checkpoints that an op read if it made anything, or they would go with the op: nobody owns that."""
+    def _hold_sources(self, made: list[Activation | None], written: list[Write]) -> None:
+        """Hold the checkpoints that an op read if it made anything, or they would go with the op, which nobody owns.
+
+        What it wrote over is gone already.
+        """
         to_hold, self._to_hold = self._to_hold, []
+        gone = [write.old for write in written]
         for activation, tensor in to_hold if any(made) else ():
-            if activation.held is None:
+            if activation.held is None and activation not in gone:
                 self.hold(activation, tensor)
 
     def _keep_random(self, op: Op, generator: torch.Generator, state: Tensor) -> None:
