@@ -2,7 +2,8 @@
 
     python benchmarks/peak_memory.py [--model gpt2] [--way per-module] [--rounds 5] [--write]
 
-Peaks come from the allocator's events, with gradients allocated before. CPU time is the median over rounds in which
+Peaks come from the allocator's events, with gradients allocated before. A budget is what stands (parameters, gradients,
+buffers, the batch) and a share of what the plain step allocates beside. CPU time is the median over rounds in which
 the ways take turns. `same` says whether loss, gradients, buffers and random state equal the plain step bit for bit.
 """
 
@@ -27,7 +28,14 @@ import peers
 import rekindle
 import report
 
-WORKLOADS = {"gpt2": peers.gpt2, "llama": peers.llama, "resnet50": peers.resnet}
+WORKLOADS = {
+    "gpt2": peers.gpt2,
+    "llama": peers.llama,
+    "t5": peers.t5,
+    "bert": peers.bert,
+    "resnet50": peers.resnet,
+}
+SHARES = (0.7, 0.5, 0.35)
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 SCORED = {"MemoryOptimal": rekindle.MemoryOptimal, "SpeedOptimal": rekindle.SpeedOptimal, "Balanced": rekindle.Balanced}
 HEADER = ("way", "peak MiB", "of plain", "CPU seconds", "of plain", "ops replayed", "own peak off by", "same")
@@ -74,6 +82,9 @@ def ways(workload: peers.Workload, ratios: Iterable[float]) -> Iterator[tuple[st
         policies |= {f"{name}({ratio})": policy(ratio) for ratio in ratios}
     for name, policy in policies.items():
         yield name, rekindle.Session(policy=policy)
+    plain = workload.peak(nullcontext())
+    for share in SHARES:
+        yield f"budget {share:.0%}", rekindle.Session(memory_budget=workload.standing() + int(share * plain))
 
 
 def measure(workload: peers.Workload, chosen: list[Measured], rounds: int) -> None:

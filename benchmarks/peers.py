@@ -14,9 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.t5.modeling_t5 import T5Block
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -60,6 +71,13 @@ class Workload:
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(before[name])
 
+    def standing(self) -> int:
+        """Bytes of what a budget counts beside what a step allocates: parameters, gradients, buffers, the batch."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.batch.values()]
+        tensors += [parameter.grad for parameter in self.model.parameters()]
+        storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
     def blocks(self) -> list[nn.Module]:
         """The blocks, in order."""
         return [module for module in self.model.modules() if isinstance(module, self.block)]
@@ -102,6 +120,23 @@ def llama(layers: int = 12, width: int = 512, heads: int = 8, length: int = 512,
     batch = {"input_ids": tokens, "labels": tokens, "use_cache": False}
     name = f"Llama-like, {layers} layers, width {width}, 2 x {length} tokens"
     return _warm(Workload(name, LlamaForCausalLM(config), batch, LlamaDecoderLayer))
+
+
+def t5() -> Workload:
+    """T5-small without dropout on its inputs, four pairs of sequences."""
+    torch.manual_seed(0)
+    tokens = torch.randint(32128, (4, 128))
+    batch = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    model = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0))
+    return _warm(Workload("T5-small, 4 x 128 tokens", model, batch, T5Block))
+
+
+def bert() -> Workload:
+    """BERT-base with dropout, four sequences."""
+    torch.manual_seed(0)
+    tokens = torch.randint(30522, (4, 128))
+    batch = {"input_ids": tokens, "labels": tokens}
+    return _warm(Workload("BERT-base, 4 x 128 tokens", BertForMaskedLM(BertConfig()), batch, BertLayer))
 
 
 def resnet(
