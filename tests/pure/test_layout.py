@@ -42,6 +42,7 @@ TORCH_FREE = ("_errors", "_bytes", "graph", "policy", "report")
 
 # Imports that run against each other, for the sake of annotations only.
 MUTUAL = {
+    ("graph.verify", "graph.plan"): "a plan is checked when it is read from a file, by what knows a legal plan",
     ("record.aliasing", "record.activation"): "a storage knows its activation, whose window is onto a storage",
 }
 

@@ -84,7 +84,7 @@ class Planner:
             raise self._infeasible(budget)
         timeline = found.timeline
         forecast = Forecast(budget, timeline.peak, timeline.seconds, self.bound(budget))
-        return replace(found.plan, forecast=forecast)
+        return replace(found.plan, forecast=forecast, graph=self.graph)
 
     def floor(self) -> int:
         """The smallest budget for which there is a plan."""
