@@ -291,7 +291,7 @@ def test_the_front_door_lists_what_is_there() -> None:
     assert set(rekindle.__all__) == public
 
 
-@pytest.mark.parametrize("room", ["graph", "policy"])
+@pytest.mark.parametrize("room", ["graph", "policy", "report"])
 def test_the_other_doors_list_what_is_there(room: str) -> None:
     """The same holds for the folders that re-export names."""
     module = importlib.import_module(f"rekindle.{room}")

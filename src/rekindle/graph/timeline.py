@@ -12,14 +12,33 @@ that asked for it is done, though some let go of it before.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol, TypeAlias
 
 from rekindle.graph.ir import Graph
 from rekindle.graph.plan import Plan, Turn
 
 _USER, _OURS = 1, 2  # who holds a value
+
+
+class Holders(Protocol):
+    """Who holds what at a moment of a step."""
+
+    orphans: dict[int, int]
+    """Storages of values that only nodes of the backward pass still hold, and how many of each."""
+
+    def holds(self, value: int) -> bool:
+        """Whether anybody else holds a value."""
+
+    def used(self, value: int) -> bool:
+        """Whether user code or autograd does, or a replay that passes by."""
+
+
+Look: TypeAlias = "Callable[[int, int, Holders, Collection[int] | None], None]"
+"""Is shown each op that has more bytes live than what came before since the last op of the step: its number, those
+bytes, who holds what, and if it is replayed what is there in passing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +85,21 @@ class Simulator:
             if end is not None:
                 self.dropped[end].append(value)
 
-    def run(self, plan: Plan, limit: float = math.inf) -> Timeline | None:
+    def run(self, plan: Plan, limit: float = math.inf, look: Look | None = None) -> Timeline | None:
         """The step under a plan; None if more than `limit` bytes are live at any moment."""
         turns = plan.turns or default_turns(self.graph)
-        return self.play(plan.kept, lambda demand, _: turns[demand], limit)
+        return self.play(plan.kept, lambda demand, _: turns[demand], limit, look)
 
     def play(
-        self, kept: Iterable[int], turn: Callable[[int, list[int]], Turn], limit: float = math.inf
+        self,
+        kept: Iterable[int],
+        turn: Callable[[int, list[int]], Turn],
+        limit: float = math.inf,
+        look: Look | None = None,
     ) -> Timeline | None:
         """The step with `kept` checkpoints, where `turn(demand, ops)` says what to hold and let go of when `ops` are
         replayed for a demand. None if more than `limit` bytes are live at any moment."""
-        step = _Step(self, kept)
+        step = _Step(self, kept, look)
         history: list[int] = []
         replays: list[tuple[int, ...]] = [()] * len(self.graph.demands)
         for number in range(len(self.graph.ops) + 1):
@@ -139,8 +162,9 @@ class _Step:
         seconds: of replays.
     """
 
-    def __init__(self, simulator: Simulator, kept: Iterable[int]) -> None:
+    def __init__(self, simulator: Simulator, kept: Iterable[int], look: Look | None) -> None:
         self._simulator = simulator
+        self._look = look
         self._nbytes = simulator.nbytes
         self._keeps = bytearray(len(simulator.nbytes))
         for value in kept:
@@ -149,7 +173,7 @@ class _Step:
         self.live = self.peak = simulator.graph.standing
         self.seconds = 0.0
         self._nodes: dict[int, int] = {}  # how many nodes have each value in hand
-        self._orphans: dict[int, int] = {}  # storages of it that only they still hold
+        self.orphans: dict[int, int] = {}  # storages of it that only they still hold
         self._handed: dict[int, list[int]] = {}
 
     def begin(self, number: int) -> None:
@@ -160,7 +184,7 @@ class _Step:
         for value in self._handed.pop(number, ()):
             self._nodes[value] -= 1
             if not self._nodes[value]:
-                self.live -= self._orphans.pop(value, 0) * self._nbytes[value]
+                self.live -= self.orphans.pop(value, 0) * self._nbytes[value]
 
     def let_go(self, value: int, who: int) -> None:
         """One of its holders lets go of a value."""
@@ -170,7 +194,7 @@ class _Step:
         if self.holders[value]:
             return
         if self._nodes.get(value):
-            self._orphans[value] = self._orphans.get(value, 0) + 1
+            self.orphans[value] = self.orphans.get(value, 0) + 1
         else:
             self.live -= self._nbytes[value]
 
@@ -189,7 +213,18 @@ class _Step:
                 self.holders[old] = 0
             self.live += self._nbytes[value]
             self.holders[value] = _USER + _OURS if self._keeps[value] else _USER
-        self.peak = max(self.peak, self.live + op.temporaries)
+        if self.live + op.temporaries > self.peak:
+            self.peak = self.live + op.temporaries
+            if self._look is not None:
+                self._look(number, self.peak, self, None)
+
+    def holds(self, value: int) -> bool:
+        """Whether anybody but a node of the backward pass holds a value."""
+        return bool(self.holders[value])
+
+    def used(self, value: int) -> bool:
+        """Whether user code does, or a replay that passes by."""
+        return self.holders[value] != _OURS
 
     def replay(self, target: int, ops: list[int], retained: frozenset[int]) -> None:
         """Ops are repeated for a value."""
@@ -209,7 +244,10 @@ class _Step:
                     there.discard(old)  # the op may have the original
                     live -= nbytes[old]
                 live += nbytes[value]
-            peak = max(peak, live + op.temporaries)
+            if live + op.temporaries > peak:
+                peak = live + op.temporaries
+                if self._look is not None:
+                    self._look(number, peak, self, [*(v for v in there if not holders[v]), *op.outputs])
             self.seconds += op.seconds
             for value in op.outputs:
                 if (value in retained or value == target) and not holders[value]:

@@ -12,15 +12,14 @@ Known gaps: one schedule has one price for all layers, or two. The bound looks a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from rekindle._bytes import format_bytes
 from rekindle._errors import BudgetInfeasible
-from rekindle.graph import Forecast, Graph, Plan, Simulator, Timeline, simulate
+from rekindle.graph import Forecast, Graph, Plan, Simulator, Timeline, fullest, simulate
 from rekindle.policy.cuts import Corner, Cuts
 from rekindle.policy.frames import Frame, Sites
+from rekindle.policy.refusal import refusal
 from rekindle.policy.schedule import schedule
 
 _CORNERS = 32  # prices tried in each frame
@@ -102,7 +101,10 @@ class Planner:
     # -- search ------------------------------------------------------------------------------------------------------
 
     def _infeasible(self, budget: int) -> BudgetInfeasible:
-        return BudgetInfeasible(f"memory_budget is {format_bytes(budget)}, floor {format_bytes(self.floor())}")
+        floor = self.floor()
+        found = self._find(floor)
+        plan = found.plan if found is not None else Plan(self._must)
+        return BudgetInfeasible(refusal(budget, floor, fullest(self.graph, plan)))
 
     def _find(self, budget: int) -> _Candidate | None:
         if self.full <= budget:

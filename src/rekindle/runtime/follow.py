@@ -164,8 +164,9 @@ def _refusal(step: PlannedStep, position: int, came: str) -> PlanMismatch:
             f"{name} to make {format_bytes(nbytes)} in {f'module {where!r}' if where else 'the outermost module'}"
         )
     return PlanMismatch(
-        f"refusing a plan for another graph: at activation {position} the plan expects {expected}, but {came}. A plan holds for one model, one shape of inputs and one mode (train or eval, autocast, dtype). "
-        "Plan this step with rekindle.Session(memory_budget=...) and save its session.plan."
+        f"refusing a plan for another graph: at activation {position} the plan expects {expected}, but {came}. A plan "
+        "holds for one model, one shape of inputs and one mode (train or eval, autocast, dtype). Plan this "
+        "step with rekindle.Session(memory_budget=...) and save its session.plan."
     )
 
 

@@ -365,6 +365,7 @@ def _check_plan(plan: object, policy: object, memory_budget: object) -> None:
         raise SessionError(f"plan and {other} are both given, but a plan says all. Give one of them.")
     if plan.graph is None:
         raise SessionError(
-            "the plan has no graph to compare the step with. Give one that was made for a budget, or loaded from a file."
+            "the plan has no graph to compare the step with. Give one that was made for a budget, or loaded from a "
+            "file."
         )
     verify_plan(plan.graph, plan)
