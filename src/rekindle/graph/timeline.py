@@ -80,8 +80,8 @@ class Simulator:
         self.overwrites = [value.overwrites for value in graph.values]
         for number, demand in enumerate(graph.demands):
             self.asked[demand.before].append(number)
-        self._ends = ends(graph)
-        for value, end in enumerate(self._ends):
+        self.ends = ends(graph)
+        for value, end in enumerate(self.ends):
             if end is not None:
                 self.dropped[end].append(value)
 
@@ -133,7 +133,7 @@ class Simulator:
         for value in self.graph.values:
             if value.made_by is None:
                 continue
-            ends = [end for end in (self._ends[value.number], value.overwritten) if end is not None]
+            ends = [end for end in (self.ends[value.number], value.overwritten) if end is not None]
             changes[value.made_by] += value.nbytes
             changes[min([len(ops), *ends])] -= value.nbytes
         live = list(accumulate(changes, initial=self.graph.standing))[1:]

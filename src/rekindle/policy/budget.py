@@ -12,8 +12,9 @@ Known gaps: one schedule has one price for all layers, or two. The bound looks a
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import cached_property
 
 from rekindle._errors import BudgetInfeasible
 from rekindle.graph import Forecast, Graph, Plan, Simulator, Timeline, fullest, simulate
@@ -23,6 +24,9 @@ from rekindle.policy.refusal import refusal
 from rekindle.policy.schedule import schedule
 
 _CORNERS = 32  # prices tried in each frame
+_HOLDS = (0.7, 0.4)  # of the prices, at which what a replay makes is held
+_ONCE = 0.7  # of the forward pass; who repeats less needs no frames in which some ops are repeated twice
+_DEEP = 6  # frames in which more is kept than what crosses their cuts
 _HALVINGS = 8  # of the way from one price to the next
 _MOMENTS = 4  # for which the lower bound is computed
 
@@ -62,10 +66,14 @@ class Planner:
         crossing = frozenset[int]().union(*(self._sites.crossing[op] for op in constraints.boundaries))
         self._must = (constraints.must_keep | crossing) - self._barred
         self._frames = list(self._sites.frames())
+        self._deep_frames = list(self._sites.deep_frames())
         self._corners: dict[tuple[int, ...], list[Corner]] = {}
         keep_all = Plan(frozenset(self._wanted) - self._barred)
         self._everything = _Candidate(keep_all, simulate(graph, keep_all))
+        self._all = frozenset(v.number for v in graph.values if v.evictable)
         self._bare = self.simulator.bare()
+        self._high = self._everything.timeline.peak_at
+        self._weights = self._bytes_at(self._high)
 
     @property
     def full(self) -> int:
@@ -85,53 +93,78 @@ class Planner:
         forecast = Forecast(budget, timeline.peak, timeline.seconds, self.bound(budget))
         return replace(found.plan, forecast=forecast, graph=self.graph)
 
-    def floor(self) -> int:
-        """The smallest budget for which there is a plan."""
-        return min(self._least(frame) for frame in self._frames)
-
-    def bound(self, budget: int) -> float:
-        """Seconds of recomputation that no plan within the budget does without."""
-        live = self._everything.timeline.live
-        moments = sorted(range(len(live)), key=lambda number: -live[number])
-        bound = 0.0
-        for number in moments[:: max(1, len(moments) // 256)][:_MOMENTS]:
-            bound = max(bound, self._bound_at(number, budget))
-        return bound
-
-    # -- search ------------------------------------------------------------------------------------------------------
-
     def _infeasible(self, budget: int) -> BudgetInfeasible:
         floor = self.floor()
         found = self._find(floor)
         plan = found.plan if found is not None else Plan(self._must)
         return BudgetInfeasible(refusal(budget, floor, fullest(self.graph, plan)))
 
+    def floor(self) -> int:
+        """The smallest budget for which there is a plan."""
+        return self._lowest.peak
+
+    @cached_property
+    def _lowest(self) -> Timeline:
+        frames = [*self._frames, *self._deep_frames]
+        lowest = sorted(frames, key=lambda frame: self._least(frame, None).peak)[:_DEEP]
+        return min((self._least(frame, holds) for frame in lowest for holds in self._holds_of(frame)), key=_peak)
+
+    def bound(self, budget: int) -> float:
+        """Seconds of recomputation that no plan within the budget does without."""
+        live = self._everything.timeline.live
+        highest = sorted(range(len(live)), key=lambda number: -live[number])
+        moments = {highest[0], *highest[1 : 4 * _MOMENTS : 4]}
+        return max(self._bound_at(number, budget) for number in moments)
+
+    # -- search ------------------------------------------------------------------------------------------------------
+
     def _find(self, budget: int) -> _Candidate | None:
         if self.full <= budget:
             return self._everything
         best: _Candidate | None = None
-        for whole in (True, False):  # frames that hold all their cuts recompute less
-            for frame in self._frames:
-                if (frame.held[-1] == frame.cuts) is whole:
-                    best = self._search(frame, budget, best)
-            if best is not None:
-                return best
+        for frame in self._frames:
+            best = self._search(frame, budget, best)
+        if best is not None and best.timeline.seconds < _ONCE * sum(op.seconds for op in self.graph.forward):
+            return best
+        found: list[tuple[float, int]] = []
+        for index, frame in enumerate(self._deep_frames):
+            candidate = self._try(frame, frozenset(), budget)
+            if candidate is not None and candidate is _better(candidate, best):
+                best = _better(candidate, best)
+                found.append((candidate.timeline.seconds, index))
+        for _, index in sorted(found)[:_DEEP]:
+            best = _better(self._climb(self._deep_frames[index], budget), best)
+        return best
+
+    def _climb(self, frame: Frame, budget: int) -> _Candidate | None:
+        """The best plan in a frame that fits at the highest price, by halving the prices."""
+        corners = self._corners_of(frame)
+        best: _Candidate | None = None
+        fits, fails = 0, len(corners)
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            found = self._try(frame, corners[middle].kept, budget)
+            if found is None:
+                fails = middle
+            else:
+                fits, best = middle, _better(found, best)
         return best
 
     def _search(self, frame: Frame, budget: int, best: _Candidate | None) -> _Candidate | None:
         """The best plan in a frame, if it is better than `best`."""
         corners = self._corners_of(frame)
-        for index in range(len(corners) - 1, -1, -1):
-            corner = corners[index]
+        above: Corner | None = None
+        for corner in reversed(corners):
             if best is not None and corner.seconds >= best.timeline.seconds:
-                break
+                return best
             found = self._try(frame, corner.kept, budget)
             if found is None:
+                above = corner
                 continue
             best = _better(found, best)
-            if index + 1 < len(corners) and (best is None or corners[index + 1].seconds < best.timeline.seconds):
-                best = _better(self._between(frame, corner, corners[index + 1], budget), best)
-            break
+            if above is not None and above.seconds < found.timeline.seconds:
+                best = _better(self._between(frame, corner, above, budget), best)
+            return best
         return best
 
     def _between(self, frame: Frame, low: Corner, high: Corner, budget: int) -> _Candidate | None:
@@ -156,16 +189,30 @@ class Planner:
         return best
 
     def _try(self, frame: Frame, kept: frozenset[int], budget: int) -> _Candidate | None:
-        for reuse in (True, False):
-            plan = schedule(self.simulator, self._sites, frame, kept | self._held(frame), reuse)
+        """The plan that keeps `kept`, and of the ways to replay the rest the quickest that fits."""
+        kept = kept | self._held(frame)
+        if self._bare[self._high] + sum(self._weights[value] for value in kept) > budget:
+            return None
+        best: _Candidate | None = None
+        for holds in self._holds_of(frame):
+            plan = schedule(self.simulator, self._sites, frame, kept, holds)
             timeline = self.simulator.run(plan, budget)
             if timeline is not None:
-                return _Candidate(plan, timeline)
-        return None
+                best = _better(_Candidate(plan, timeline), best)
+                if holds is self._all:
+                    break
+        return best
 
-    def _least(self, frame: Frame) -> int:
-        plan = schedule(self.simulator, self._sites, frame, self._held(frame), False)
-        return simulate(self.graph, plan).peak
+    def _holds_of(self, frame: Frame) -> Iterator[Container[int] | None]:
+        """What replays may hold: all that they make, all that is asked for, or only what is worth it at some price."""
+        yield self._all
+        yield None
+        corners = self._corners_of(frame)
+        for part in _HOLDS:
+            yield corners[int(part * (len(corners) - 1))].kept
+
+    def _least(self, frame: Frame, holds: Container[int] | None) -> Timeline:
+        return simulate(self.graph, schedule(self.simulator, self._sites, frame, self._held(frame), holds))
 
     def _held(self, frame: Frame) -> frozenset[int]:
         crossing = frozenset[int]().union(*(self._sites.crossing[cut] for cut in frame.held[-1]))
@@ -182,21 +229,32 @@ class Planner:
 
     def _bound_at(self, number: int, budget: int) -> float:
         """Seconds that must be repeated after op `number`, because not more than `budget` can be live at it."""
-        wanted = sorted({d.value for d in self.graph.demands if d.before > number} & set(self._wanted))
-        running = {d.value for d in self.graph.demands if d.before <= number < d.until}
-        values = self.graph.values
+        demands, values = self.graph.demands, self.graph.values
+        later = {d.value for d in demands if d.before > number} & set(self._wanted)
+        running = {d.value for d in demands if d.before <= number < d.until} & set(self._wanted)
         made = {v.number for v in values if v.made_by is not None and v.made_by <= number}
-        free = frozenset(v.number for v in values if v.number in made and (v.dropped is None or v.dropped > number))
-        network = Cuts(self.graph, [v for v in wanted if v in made], free | running, self._barred & made - free)
-        room = budget - self._bare[number] - sum(values[v].nbytes for v in running - free if values[v].evictable)
-        corners = network.corners(_CORNERS)
-        if room < corners[0].nbytes:
-            return corners[0].seconds
-        for low, high in pairwise(corners):
-            if low.nbytes <= room < high.nbytes:
-                slope = (high.seconds - low.seconds) / (high.nbytes - low.nbytes)
-                return low.seconds + slope * (room - low.nbytes)
-        return 0.0
+        free = {v for v in made if self._is_held(v, number)} | running
+        room = budget - self._bare[number]
+        room -= sum(values[v].nbytes for v in running if not self._is_held(v, number))
+        return Cuts(self.graph, sorted(later & made), free, self._barred & made).bound(room)
+
+    def _is_held(self, value: int, number: int) -> bool:
+        """Whether user code holds a value while an op runs."""
+        end = self.simulator.ends[value]
+        return end is None or end > number
+
+    def _bytes_at(self, number: int) -> list[int]:
+        """For each value, the bytes that keeping it adds while op `number` runs."""
+        last = {demand.value: demand.before for demand in self.graph.demands}
+        return [
+            value.nbytes
+            if value.made_by is not None
+            and value.made_by < number
+            and last.get(value.number, -1) > number
+            and not self._is_held(value.number, number)
+            else 0
+            for value in self.graph.values
+        ]
 
 
 def least_recompute(graph: Graph, budget: int, constraints: Constraints | None = None) -> Plan:
@@ -206,6 +264,10 @@ def least_recompute(graph: Graph, budget: int, constraints: Constraints | None =
         BudgetInfeasible: there is none.
     """
     return Planner(graph, constraints).plan(budget)
+
+
+def _peak(timeline: Timeline) -> int:
+    return timeline.peak
 
 
 def _better(one: _Candidate | None, other: _Candidate | None) -> _Candidate | None:

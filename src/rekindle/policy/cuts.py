@@ -25,6 +25,7 @@ from rekindle.graph import Graph
 _ENDLESS = 1 << 30  # capacities are 32-bit integers
 _TOTAL = 1 << 28
 _SOURCE, _SINK = 0, 1
+_TINY = 1e-6  # of all seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +106,36 @@ class Cuts:
         values, ops = self._graph.values, self._graph.ops
         return Corner(sum(values[v].nbytes for v in kept), sum(ops[op].seconds for op in repeated), frozenset(kept))
 
+    def bound(self, nbytes: int) -> float:
+        """Seconds that are repeated at least if no more than `nbytes` bytes are kept: the curve at that place."""
+        total = sum(self._graph.ops[op].seconds for op in self._ops)
+        low, high = self._ends()
+        if nbytes >= high.nbytes:
+            return 0.0
+        if nbytes < low.nbytes:
+            return low.seconds
+        while low.nbytes < high.nbytes and high.seconds < low.seconds:
+            price = (low.seconds - high.seconds) / (high.nbytes - low.nbytes)
+            middle = self.at(price)
+            line = middle.seconds + price * (middle.nbytes - nbytes)  # whatever is kept, it costs no less at this price
+            if (
+                middle.nbytes in (low.nbytes, high.nbytes)
+                or line > low.seconds - price * (nbytes - low.nbytes) - _TINY * total
+            ):
+                return max(0.0, line)
+            low, high = (middle, high) if middle.nbytes <= nbytes else (low, middle)
+        return high.seconds
+
+    def _ends(self) -> tuple[Corner, Corner]:
+        """With the fewest bytes, and with the fewest seconds."""
+        total = sum(self._graph.ops[op].seconds for op in self._ops)
+        least = min((self._graph.values[value].nbytes for value in self._values), default=0)
+        return self.at(2 * total / max(1, least) + 1.0), self.at(0.0)
+
     def corners(self, most: int = 64) -> list[Corner]:
         """The corners of the curve, from the fewest bytes to the fewest seconds; about `most` of them at most."""
         total = sum(self._graph.ops[op].seconds for op in self._ops)
-        least = min((self._graph.values[value].nbytes for value in self._values), default=0)
-        first, last = self.at(2 * total / max(1, least) + 1.0), self.at(0.0)
+        first, last = self._ends()
         found = [first, last] if first.nbytes < last.nbytes else [last]
         gaps = [(first, last)]
         while gaps and len(found) < most:
@@ -120,7 +146,7 @@ class Cuts:
             price = (low.seconds - high.seconds) / (high.nbytes - low.nbytes)
             middle = self.at(price)
             gain = (low.seconds + price * low.nbytes) - (middle.seconds + price * middle.nbytes)
-            if low.nbytes < middle.nbytes < high.nbytes and gain > 1e-6 * total:
+            if low.nbytes < middle.nbytes < high.nbytes and gain > _TINY * total:
                 found.append(middle)
                 gaps += [(low, middle), (middle, high)]
         return sorted(found, key=lambda corner: corner.nbytes)

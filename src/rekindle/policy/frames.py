@@ -11,6 +11,7 @@ Known gaps: leaves count as equally long. In a U-Net the skips cross the cuts, a
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from math import comb
 from rekindle.graph import Graph
 
 _MOST_SITES = 1200
+_SLOPES = (0.0, 0.25)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +66,28 @@ class Sites:
         return self._wanted[-1]
 
     def frames(self) -> Iterator[Frame]:
-        """Frames from one leaf to as many as there are narrow places, the cuts all held or as few at a time as can be."""
+        """Frames from one leaf to as many as there are narrow places. All cuts are held from the forward pass on."""
         yield Frame()
         seen: set[tuple[int, ...]] = set()
+        for slope in _SLOPES:
+            for parts in _ladder(len(self._narrow) + 1):
+                cuts = self._cut(self.total // parts, slope)
+                if cuts and cuts not in seen:
+                    seen.add(cuts)
+                    yield Frame(cuts, (*((),) * len(cuts), cuts))
+
+    def deep_frames(self) -> Iterator[Frame]:
+        """Frames of which a few cuts only are held at a time."""
+        seen: set[tuple[int, ...]] = set()
         for parts in _ladder(len(self._narrow) + 1):
-            cuts = self._cut(self.total // parts)
-            if not cuts or cuts in seen:
+            cuts = self._cut(self.total // parts, 0.0)
+            if len(cuts) < 2 or cuts in seen:
                 continue
             seen.add(cuts)
-            leaves = len(cuts) + 1
-            yield Frame(cuts, (*((),) * (leaves - 1), cuts))
-            for slots in range(leaves - 2, 0, -1) if leaves < 6 else _descending(leaves):
+            slots = len(cuts) - 1
+            while slots:
                 yield Frame(cuts, _binomial(cuts, slots))
+                slots = min(slots - 1, slots * 2 // 3)
 
     def _crossings(self) -> list[frozenset[int]]:
         """For each op, the evictable values from before it that it or a later one reads."""
@@ -106,20 +118,22 @@ class Sites:
         narrow = [
             number
             for before, number, after in zip([None, *fit], fit, [*fit[1:], None], strict=False)
-            if (before is None or size[number] < size[before]) or (after is not None and size[number] < size[after])
+            if (before is None or size[number] <= size[before]) and (after is None or size[number] <= size[after])
         ]
         narrow = [n for n in narrow if size[n] <= 2 * min(size[m] for m in narrow if abs(m - n) <= 8)]
         return narrow[:: len(narrow) // _MOST_SITES + 1]
 
-    def _cut(self, most: int) -> tuple[int, ...]:
+    def _cut(self, most: int, slope: float) -> tuple[int, ...]:
         """The cuts with the fewest bytes across them all so that no leaf has more than `most` bytes that are wanted, as
-        far as the narrow places allow."""
+        far as the narrow places allow. Of what is wanted from later ops, that share is gone when the backward pass gets
+        to a leaf, and may be added to it."""
         places = [0, *self._narrow, self._end]
         wanted = [self._wanted[place] for place in places]
-        best, previous = [0.0] + [float("inf")] * (len(places) - 1), [0] * len(places)
+        best, previous = [0.0] + [math.inf] * (len(places) - 1), [0] * len(places)
         start = 0
         for index in range(1, len(places)):
-            while start < index - 1 and wanted[index] - wanted[start] > most:
+            room = most + slope * (self.total - wanted[index])
+            while start < index - 1 and wanted[index] - wanted[start] > room:
                 start += 1
             low = min(range(start, index), key=lambda i: (best[i], -i))
             cost = self._bytes[places[index]] if places[index] < self._end else 0
@@ -136,16 +150,9 @@ def _ladder(most: int) -> Iterator[int]:
     parts = 2
     while parts < most:
         yield parts
-        parts = max(parts + 1, parts * 4 // 3)
+        parts = max(parts + 1, parts * 3 // 2)
     yield most
     yield 2 * most
-
-
-def _descending(leaves: int) -> Iterator[int]:
-    slots = leaves // 2
-    while slots >= 1:
-        yield slots
-        slots = min(slots - 1, slots * 2 // 3)
 
 
 def _binomial(cuts: tuple[int, ...], slots: int) -> tuple[tuple[int, ...], ...]:

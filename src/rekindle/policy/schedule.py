@@ -9,25 +9,27 @@ Known gaps: a value is held from one replay on without a gap; it never goes to b
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Container
 
 from rekindle.graph import Plan, Turn
 from rekindle.graph.timeline import Simulator
 from rekindle.policy.frames import Frame, Sites
 
 
-def schedule(simulator: Simulator, sites: Sites, frame: Frame, kept: Collection[int], reuse: bool) -> Plan:
+def schedule(
+    simulator: Simulator, sites: Sites, frame: Frame, kept: Collection[int], holds: Container[int] | None
+) -> Plan:
     """A plan that keeps `kept`, and recomputes the rest leaf by leaf of `frame`.
 
-    `reuse` says that what a replay makes is held if only a later replay needs it, so that no op is repeated twice within
-    a leaf.
+    Of what a replay makes in its leaf, `holds` is held as long as it is needed, and anything else is replayed again
+    each time; None stands for all that the backward pass asks for later.
     """
     graph, made_by = simulator.graph, simulator.made_by
     last_demand = {demand.value: position for position, demand in enumerate(graph.demands)}
     barred = {value.number for value in graph.values if value.overwritten is not None}
     last_use: dict[int, int] = {}
     made: dict[int, list[int]] = {}
-    reached: set[int] = set()
+    reached = list(range(len(frame.cuts)))  # leaves yet to be reached by a replay; the forward pass reached the last
 
     def turn(position: int, ops: list[int]) -> Turn:
         target = graph.demands[position].value
@@ -38,10 +40,9 @@ def schedule(simulator: Simulator, sites: Sites, frame: Frame, kept: Collection[
         assert maker is not None
         leaf = frame.leaf(maker)
         held: set[int] = set()
-        if leaf not in reached:
-            reached.add(leaf)
-            for cut in frame.held[leaf]:
-                held |= sites.crossing[cut]
+        while reached and reached[-1] >= leaf:  # some leaves needed no replay: what they asked for crossed a cut
+            for cut in frame.held[reached.pop()]:
+                held |= sites.crossing[cut] if cut <= maker else frozenset()
         fresh = {value for number in ops for value in graph.ops[number].outputs}
         for number in ops:
             for source in simulator.sources[number]:
@@ -49,7 +50,10 @@ def schedule(simulator: Simulator, sites: Sites, frame: Frame, kept: Collection[
                     last_use[source] = position
             if frame.leaf(number) == leaf:
                 outputs = graph.ops[number].outputs
-                held.update(v for v in outputs if (reuse or last_demand.get(v, -1) > position))
+                if holds is None:
+                    held.update(v for v in outputs if last_demand.get(v, -1) > position)
+                else:
+                    held.update(v for v in outputs if v in holds)
         made[position] = [v for v in (fresh & held) - barred if v != target]
         return Turn(frozenset(made[position]))
 

@@ -248,7 +248,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _hold_sources(self, made: list[Activation | None]) -> None:
-        """Hold the checkpoints that an op read, if it made anything: else they would go with the op, which nobody owns."""
+        """Hold the checkpoints that an op read if it made anything, or they would go with the op: nobody owns that."""
         to_hold, self._to_hold = self._to_hold, []
         for activation, tensor in to_hold if any(made) else ():
             if activation.held is None:

@@ -78,8 +78,8 @@ class Sizes:
     def measure(
         self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[Any, Need, float]:
-        """Run the op and remember what it needed. Returns its result, that (a guess if it could not be measured), and the
-        seconds it took."""
+        """Run the op and remember what it needed. Returns its result, that (a guess if it could not be measured), and
+        the seconds it took."""
         if not _can_measure(args, kwargs):
             start = time.perf_counter()
             return func(*args, **kwargs), Need(0, 0), time.perf_counter() - start

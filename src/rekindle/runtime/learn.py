@@ -17,8 +17,8 @@ class Learner:
     """The plans of a session, and whether the next step is to be recorded for one.
 
     A plan that the user gives is obeyed as it is: nothing is recorded, and a step that is not the planned one refused.
-    With a budget, a stream is recorded twice at least: the first step warms up caches and libraries, and ops look slower
-    than they are.
+    With a budget, a stream is recorded twice at least: the first step warms up caches and libraries, and ops look
+    slower than they are.
     """
 
     def __init__(self, policy: PolicyLike | None, budget: int | None, plan: Plan | None = None) -> None:
