@@ -12,7 +12,7 @@ for people), `record` (watch a step from below autograd), `runtime` (keep, evict
 docs/layout.md.
 """
 
-from rekindle._api import apply, remove, session_of
+from rekindle._api import apply, max_batch, plan, remove, session_of
 from rekindle._errors import (
     BudgetInfeasible,
     BytesError,
@@ -23,6 +23,7 @@ from rekindle._errors import (
     PressureError,
     RecomputeError,
     RecomputeMismatch,
+    RehearsalError,
     RekindleError,
     SavedTensorModified,
     SessionError,
@@ -69,6 +70,7 @@ __all__ = [
     "PressureError",
     "RecomputeError",
     "RecomputeMismatch",
+    "RehearsalError",
     "RekindleError",
     "SavedTensorModified",
     "Session",
@@ -80,6 +82,8 @@ __all__ = [
     "UnsupportedContext",
     "apply",
     "load_graph",
+    "max_batch",
+    "plan",
     "remove",
     "save_graph",
     "session_of",

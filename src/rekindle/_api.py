@@ -1,19 +1,26 @@
-"""The user's verbs for models in training loops they do not control."""
+"""The user's verbs: for models in training loops they do not control, and for questions before anything is run."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from rekindle._errors import RekindleError, SessionError
-from rekindle.policy import PolicyLike
+from rekindle._bytes import Amount, format_bytes
+from rekindle._errors import BudgetInfeasible, RekindleError, SessionError
+from rekindle.graph import Graph, Plan
+from rekindle.policy import Planner, PolicyLike, least_recompute
+from rekindle.record.cost import DEVICES
+from rekindle.record.fakes import Cost
 from rekindle.record.torch_private import calls_running
+from rekindle.runtime.pressure import Budget, read_budget
+from rekindle.runtime.rehearse import Loss, rehearse
 from rekindle.runtime.session import Session
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -91,6 +98,110 @@ def session_of(model: torch.nn.Module) -> Session:
     if model not in _applied:
         raise SessionError(f"{type(model).__name__} is not applied. Call rekindle.apply(model, policy=...) first.")
     return _applied[model].session
+
+
+def plan(
+    model: torch.nn.Module,
+    inputs: Any,
+    *,
+    memory_budget: Amount,
+    headroom: int | str | None = None,
+    device: str | torch.device | None = None,
+    loss: Loss | None = None,
+    cost: Literal["roofline"] | Cost = "roofline",
+) -> Plan:
+    """The plan with the least recomputation for one training step within a budget. Nothing is run for real.
+
+    Neither weights nor inputs need memory: both may be on the meta device. The model is not touched. `plan.forecast`
+    tells the peak in bytes and what is recomputed in seconds; both are of the step that `rehearse` tells of.
+
+    Args:
+        model: in the mode that it is trained in.
+        inputs: what it is called with: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+        memory_budget, headroom: as for `Session`. Shares and "auto" are of `device`.
+        device: where the step is to run: "cpu", "cuda", or "a100", "h100", "h200", "rtx4090", which need not be there.
+            None for where the model is.
+        loss: from what the model returns to what the backward pass begins from; without it the loss among the outputs,
+            or the sum of all.
+        cost: "roofline" for seconds by the device's published rates, or a function of an op, its arguments, its keyword
+            arguments and its result.
+
+    Raises:
+        BytesError: `memory_budget` or `headroom` is no amount of memory.
+        RehearsalError: the step depends on the content of tensors, so it has to be recorded in a session.
+        BudgetInfeasible: no plan fits.
+    """
+    budget = _budget(memory_budget, headroom, device)
+    return least_recompute(_rehearse(model, inputs, device, loss, cost), budget.nbytes)
+
+
+def max_batch(
+    make_inputs: Callable[[int], Any],
+    model: torch.nn.Module,
+    *,
+    memory_budget: Amount,
+    headroom: int | str | None = None,
+    device: str | torch.device | None = None,
+    loss: Loss | None = None,
+    limit: int = 1 << 20,
+) -> int:
+    """The largest batch with which a training step of `model` fits into a budget, recomputing what it must.
+
+    Nothing is run for real: steps of doubling, then of bisected sizes are rehearsed, which takes a few times as many
+    seconds as one rehearsal. Kernels' temporaries are bounds on the CPU, so that a slightly larger batch may fit too.
+
+    Args:
+        make_inputs: makes the inputs of a batch of that size, as for `plan`; on the meta device they cost nothing.
+        model, memory_budget, headroom, device, loss: as for `plan`.
+        limit: the largest batch to try.
+
+    Raises:
+        BudgetInfeasible: not even a batch of one fits.
+        BytesError, RehearsalError: as for `plan`.
+    """
+    budget = _budget(memory_budget, headroom, device).nbytes
+
+    def planner(batch: int) -> Planner:
+        return Planner(_rehearse(model, make_inputs(batch), device, loss, "roofline"))
+
+    first = planner(1)
+    if not _fits(first, budget):
+        raise BudgetInfeasible(
+            f"memory_budget is {format_bytes(budget)}, but a batch of one needs {format_bytes(first.floor())} with all "
+            "that can be recomputed. Make the budget larger, or the model or its inputs smaller."
+        )
+    fits, fails = 1, limit + 1
+    while fits + 1 < fails:
+        batch = min(2 * fits, limit) if fails > limit else (fits + fails) // 2
+        if _fits(planner(batch), budget):
+            fits = batch
+        else:
+            fails = batch
+    return fits
+
+
+def _fits(planner: Planner, budget: int) -> bool:
+    return planner.full <= budget or planner.floor() <= budget
+
+
+def _budget(memory_budget: Amount, headroom: int | str | None, device: str | torch.device | None) -> Budget:
+    known = DEVICES.get(str(device).lower())
+    return read_budget(memory_budget, headroom, total=known.nbytes if known is not None else None)
+
+
+def _rehearse(
+    model: torch.nn.Module,
+    inputs: Any,
+    device: str | torch.device | None,
+    loss: Loss | None,
+    cost: Literal["roofline"] | Cost,
+) -> Graph:
+    args, kwargs = (), {}  # type: tuple[Any, ...], dict[str, Any]
+    if isinstance(inputs, Mapping):
+        kwargs = dict(inputs)
+    else:
+        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    return rehearse(model, args, kwargs, device=device, cost=cost, loss=loss)
 
 
 def _forget(session: Session) -> None:

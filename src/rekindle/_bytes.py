@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 import re
 from fractions import Fraction
+from typing import Literal, TypeAlias
 
 from rekindle._errors import BytesError
+
+Amount: TypeAlias = "int | float | str"
+"""Memory as users state it: bytes, a string such as "6GiB", a share in (0, 1], or "auto"."""
 
 _UNITS: dict[str, int] = {
     **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
@@ -28,6 +32,31 @@ def parse_bytes(amount: int | str) -> int:
     if nbytes <= 0:
         raise BytesError(f'{amount!r} is no memory at all. Write a positive amount such as "6GiB".')
     return nbytes
+
+
+def parse_budget(amount: Amount) -> int | float | Literal["auto"]:
+    """A budget: a number of bytes as `parse_bytes` knows it, a share of a device's memory in (0, 1] as a float, or
+    "auto".
+
+    Raises:
+        BytesError: it is neither; the message says what to write instead.
+    """
+    if isinstance(amount, str) and amount.strip().lower() == "auto":
+        return "auto"
+    if not isinstance(amount, float):
+        return parse_bytes(amount)
+    if 0 < amount <= 1:
+        return amount
+    if not math.isfinite(amount) or amount <= 0:
+        raise BytesError(
+            f'{amount!r} is no memory at all. Write an amount such as "6GiB", or a share such as 0.9 of the memory of '
+            "the device."
+        )
+    meant = f'"{amount:g}GiB"' if amount < 1 << 20 else f"{int(amount)} (a whole number of bytes)"
+    raise BytesError(
+        f"{amount!r} is no share of the device's memory: shares are in (0, 1]. Write an amount such as {meant}, or a "
+        "share such as 0.9."
+    )
 
 
 def format_bytes(nbytes: float) -> str:

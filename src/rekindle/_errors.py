@@ -10,6 +10,7 @@ RekindleError
 |-- UnknownTensor          a tensor the session never saw
 |-- PressureError          thresholds of memory pressure that make no sense
 |-- BudgetInfeasible       the step does not fit, whatever is evicted
+|-- RehearsalError         a step that cannot be run without data
 `-- RecomputeError         what was evicted cannot be brought back
     |-- LeafModified       a parameter or input that it is recomputed from was changed since
     |-- RecomputeMismatch  the op gave something else when it was repeated
@@ -57,6 +58,10 @@ class PressureError(RekindleError, ValueError):
 
 class BudgetInfeasible(RekindleError, RuntimeError):
     """The step does not fit into the memory budget, whatever is evicted."""
+
+
+class RehearsalError(RekindleError, RuntimeError):
+    """A step that cannot be run on fake tensors, which have no data."""
 
 
 class RecomputeError(RekindleError, RuntimeError):

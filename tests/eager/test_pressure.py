@@ -319,3 +319,103 @@ def test_training_under_pressure(share: float, policy: Any) -> None:
     assert_same(train(small_model, step), train(small_model, step, session))
     assert session.stats.evicted > 0
     assert session.stats.sweeps > 0
+
+
+# -- budgets -----------------------------------------------------------------------------------------------------------
+
+
+def files(monkeypatch: pytest.MonkeyPatch, **contents: str) -> None:
+    """Have the machine say other things: `meminfo`, `limit` and `usage`; what is not given cannot be read."""
+    names = {
+        module._MEMINFO: contents.get("meminfo"),
+        module._CGROUP_LIMITS[0]: contents.get("limit"),
+        module._CGROUP_USAGES[0]: contents.get("usage"),
+    }
+    monkeypatch.setattr(module, "_read", lambda name: names.get(name) or "")
+
+
+@pytest.mark.parametrize(
+    ("contents", "free"),
+    [
+        ({"meminfo": "MemTotal: 100 kB\nMemAvailable:   64 kB\nX: 1 kB\n"}, 64 << 10),
+        ({"meminfo": "MemAvailable: 64 kB\n", "limit": "40960\n", "usage": "8192\n"}, 32 << 10),
+        ({"meminfo": "MemAvailable: 64 kB\n", "limit": "max\n", "usage": "8192\n"}, 64 << 10),
+        ({"meminfo": "MemAvailable: 64 kB\n", "limit": "4096\n", "usage": "8192\n"}, 0),
+        ({"limit": "40960\n", "usage": "8192\n"}, 32 << 10),
+    ],
+)
+def test_free_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch, contents: dict[str, str], free: int) -> None:
+    """What is free on a CPU is what the system says, within what the control group leaves."""
+    monkeypatch.setattr(module, "_accelerator", lambda: None)
+    files(monkeypatch, **contents)
+    assert module.free_memory() == free
+
+
+def test_free_memory_is_some_of_it() -> None:
+    """On this very machine, something is free and no more than there is."""
+    assert 0 < module.free_memory() <= module.device_memory()
+
+
+@pytest.mark.parametrize(
+    ("stated", "headroom", "nbytes", "meaning"),
+    [
+        (1 << 20, None, 1 << 20, "1.0 MiB"),
+        ("1MiB", None, 1 << 20, "1.0 MiB"),
+        ("2MiB", "1MiB", 1 << 20, "2.0 MiB, less 1.0 MiB headroom: 1.0 MiB"),
+        (0.5, None, 2 << 30, "50% of 4.0 GiB: 2.0 GiB"),
+        (1.0, 1 << 30, 3 << 30, "100% of 4.0 GiB, less 1.0 GiB headroom: 3.0 GiB"),
+        ("auto", None, 19 << 26, "1.2 GiB free now, less 64.0 MiB headroom: 1.2 GiB"),
+        ("auto", "256MiB", 1 << 30, "1.2 GiB free now, less 256.0 MiB headroom: 1.0 GiB"),
+        ("auto", 0, 5 << 28, "1.2 GiB free now: 1.2 GiB"),
+    ],
+)
+def test_budgets_are_read(
+    monkeypatch: pytest.MonkeyPatch, stated: Any, headroom: Any, nbytes: int, meaning: str
+) -> None:
+    """A share is one of the device's memory, "auto" what is free now; headroom is kept back, and all is spelled out."""
+    monkeypatch.setattr(module, "device_memory", lambda: 4 << 30)
+    monkeypatch.setattr(module, "free_memory", lambda: 5 << 28)
+    monkeypatch.setattr(module, "_allocated", lambda: 0)
+    budget = module.read_budget(stated, headroom)
+    assert (budget.nbytes, budget.stated, budget.meaning) == (nbytes, stated, meaning)
+
+
+def test_auto_counts_what_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator the budget covers what is there already, so "auto" is that and what is free."""
+    monkeypatch.setattr(module, "free_memory", lambda: 1 << 30)
+    monkeypatch.setattr(module, "_allocated", lambda: 2 << 30)
+    budget = module.read_budget("auto", 0)
+    assert budget.nbytes == 3 << 30
+    assert "2.0 GiB allocated already" in str(budget)
+
+
+def test_a_budget_for_another_device() -> None:
+    """A share can be one of a device that is not here."""
+    assert module.read_budget(0.5, total=80 * 10**9).nbytes == 40 * 10**9
+    assert module.read_budget("auto", 0, total=80 * 10**9).nbytes == 80 * 10**9
+
+
+@pytest.mark.parametrize(("stated", "headroom"), [("1MiB", "1MiB"), (1000, "1KiB"), (0.5, 1 << 60)])
+def test_headroom_that_leaves_nothing(stated: Any, headroom: Any) -> None:
+    """A headroom as large as the budget is refused, and the message says which would do."""
+    with pytest.raises(rekindle.BytesError, match=r"leaves nothing of memory_budget .*\. Write") as caught:
+        module.read_budget(stated, headroom)
+    smaller = int(str(caught.value).rpartition("headroom=")[2].rstrip("."))
+    assert module.read_budget(stated, smaller).nbytes > 0
+
+
+@pytest.mark.parametrize("headroom", ["8G", -1, "0B", 1.5, True])
+def test_headroom_that_is_no_amount(headroom: Any) -> None:
+    """Headroom is an amount of memory like any other."""
+    with pytest.raises(rekindle.BytesError):
+        module.read_budget("1GiB", headroom)
+
+
+def test_a_session_says_what_it_understood() -> None:
+    """What the user wrote, what that is, and what is kept back stand in the summary, and the budget obeys it."""
+    session = rekindle.Session(memory_budget="64MiB", headroom="16MiB")
+    assert session.memory_budget == 48 << 20
+    assert "budget '64MiB': 64.0 MiB, less 16.0 MiB headroom: 48.0 MiB" in str(session)
+    share = rekindle.Session(memory_budget=0.25)
+    assert share.memory_budget == module.device_memory() // 4
+    assert "budget 0.25: 25% of " in str(share)

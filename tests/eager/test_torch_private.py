@@ -5,6 +5,7 @@ A new PyTorch that breaks one of them fails here first, with the name of the fac
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,13 +21,18 @@ from rekindle.record import torch_private
 from rekindle.record.aliasing import Ledger, window_of
 from rekindle.record.recorder import Recorder
 from rekindle.record.torch_private import (
+    FAKE_ERRORS,
+    FakeTensor,
+    FakeTensorMode,
     alias,
     at_recorded_level,
     current_graph_task,
     current_node,
+    faking,
     hooks_refused,
     in_func_transform,
     never_compile,
+    no_modes,
     when_backward_ends,
     without_dispatch_modes,
 )
@@ -483,3 +489,105 @@ def test_hooks_follow_only_their_thread():
         thread.start()
         thread.join()
     assert seen == [0]
+
+
+# -- fake tensors ------------------------------------------------------------------------------------------------------
+
+
+def test_a_fake_tensor_is_a_window_onto_a_meta_storage() -> None:
+    """Views of a fake tensor share its storage, aliases its version counter, and its storage dies with it."""
+    mode = FakeTensorMode()
+    fake = FakeTensor(mode, torch.empty(4, 4, device="meta"), torch.device("cpu"))
+    assert fake.device.type == "cpu"
+    storage = fake.untyped_storage()
+    assert (storage.device.type, storage.nbytes()) == ("meta", 64)
+    with faking(mode):
+        view, other = fake.t(), fake.detach()
+        view.add_(1)
+    assert view.untyped_storage()._cdata == storage._cdata
+    assert other._version == fake._version == 1
+    dead = weakref.ref(storage)
+    del storage, fake, view, other
+    assert dead() is None
+
+
+def test_an_alias_of_a_fake_tensor() -> None:
+    """`alias` makes one from inside a dispatch that is fake itself and shares storage and version counter."""
+    found: list[torch.Tensor] = []
+
+    class Aliasing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.neg.default:
+                found.append(alias(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    mode = FakeTensorMode()
+    fake = FakeTensor(mode, torch.empty(4, device="meta"), torch.device("cpu"))
+    with faking(mode), Aliasing():
+        torch.neg(fake)
+        fake.add_(1)
+    assert type(found[0]) is FakeTensor
+    assert found[0].untyped_storage()._cdata == fake.untyped_storage()._cdata
+    assert found[0]._version == fake._version == 1
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda fake: fake.sum().item(),
+        lambda fake: torch.nonzero(fake),
+        lambda fake: torch.masked_select(fake, fake > 0),
+    ],
+)
+def test_what_fake_tensors_cannot_tell(step) -> None:
+    """Ops whose result or its shape depends on data raise one of these."""
+    mode = FakeTensorMode(allow_fallback_kernels=False)
+    fake = FakeTensor(mode, torch.empty(4, device="meta"), torch.device("cpu"))
+    with faking(mode), pytest.raises(FAKE_ERRORS):
+        step(fake)
+
+
+def test_constants_are_lifted() -> None:
+    """What is written out in code is handed as a real tensor to `lift_fresh`, which returns a fake one."""
+    found: list[torch.Tensor] = []
+
+    class Lifts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.lift_fresh.default:
+                assert not types
+                found.append(args[0])
+            return func(*args, **(kwargs or {}))
+
+    with faking(FakeTensorMode()), Lifts():
+        assert type(torch.tensor([1, 2])) is FakeTensor
+    assert found[0].tolist() == [1, 2]
+
+
+def test_fake_tensors_are_not_known_as_such() -> None:
+    """Inside `faking`, who asks the package for the class is told of another; all is put back, also after an error, and
+    Transformers does ask so."""
+    from transformers.utils.import_utils import is_fake_tensor
+
+    mode, known, log = FakeTensorMode(), torch._subclasses.FakeTensor, logging.getLogger(FakeTensor.__module__)
+    fake = FakeTensor(mode, torch.empty(4, device="meta"), torch.device("cpu"))
+    assert is_fake_tensor(fake)
+
+    def fail() -> None:
+        assert not is_fake_tensor(fake)
+        assert log.disabled
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), faking(mode):
+        fail()
+    assert is_fake_tensor(fake)
+    assert torch._subclasses.FakeTensor is known
+    assert not log.disabled
+
+
+def test_no_modes_hides_all_of_them() -> None:
+    """Inside, ops are real ones that no mode sees; outside of it, all is as before."""
+    mode = FakeTensorMode()
+    with faking(mode):
+        with no_modes():
+            assert torch.ones(2).tolist() == [1, 1]
+        assert isinstance(torch.ones(2), FakeTensor)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from paper import unhurried
 from rekindle import BytesError
-from rekindle._bytes import format_bytes, parse_bytes
+from rekindle._bytes import format_bytes, parse_budget, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,57 @@ def test_what_is_refused(amount: object, message: str) -> None:
     with pytest.raises(BytesError, match=message) as caught:
         parse_bytes(amount)  # type: ignore[arg-type]
     assert repr(amount) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("amount", "meaning"),
+    [
+        (1, 1),
+        ("6GiB", 6 << 30),
+        ("500 MB", 500_000_000),
+        (1.0, 1.0),
+        (0.5, 0.5),
+        (1e-9, 1e-9),
+        ("auto", "auto"),
+        (" Auto ", "auto"),
+    ],
+)
+def test_budgets(amount: int | float | str, meaning: int | float | str) -> None:
+    """A budget is an amount, a share of the device's memory (1.0 is all of it, 1 is a byte), or "auto"."""
+    found = parse_budget(amount)
+    assert (found, type(found)) == (meaning, type(meaning))
+
+
+@pytest.mark.parametrize(
+    ("amount", "first", "second"),
+    [
+        ("8G", '"8GiB"', '"8GB"'),
+        ("64b", '"64MiB"', '"64MB"'),
+        (1.5, '"1.5GiB"', "0.9"),
+        (6e9, "6000000000", "0.9"),
+        (0.0, '"6GiB"', "0.9"),
+        (-0.5, '"6GiB"', "0.9"),
+        (float("nan"), '"6GiB"', "0.9"),
+        (float("inf"), '"6GiB"', "0.9"),
+        (float("-inf"), '"6GiB"', "0.9"),
+    ],
+)
+def test_budgets_that_are_refused(amount: float | str, first: str, second: str) -> None:
+    """The message quotes what was written and names two spellings, and both of them work."""
+    with pytest.raises(BytesError) as caught:
+        parse_budget(amount)
+    message = str(caught.value)
+    assert message.startswith(repr(amount))
+    for spelling in (first, second):
+        assert spelling in message.partition("Write ")[2]
+        assert parse_budget(ast.literal_eval(spelling))
+
+
+@pytest.mark.parametrize("amount", [0, -5, True, None, "0GiB", "-1GiB", "half", "0.5", b"auto"])
+def test_what_is_no_amount_is_no_budget(amount: object) -> None:
+    """What is refused as an amount of memory is refused as a budget."""
+    with pytest.raises(BytesError):
+        parse_budget(amount)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

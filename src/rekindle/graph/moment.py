@@ -112,8 +112,7 @@ def _live(graph: Graph, plan: Plan, holders: Holders, passing: Collection[int]) 
     for value in (v for v in range(len(graph.values)) if holders.holds(v)):
         yield value, _share(graph, plan, value, holders)
     yield from ((value, Share.RECOMPUTED) for value in passing)
-    for value, count in holders.orphans.items():
-        yield from [(value, Share.IN_USE)] * count
+    yield from ((value, Share.IN_USE) for value in holders.orphans())
 
 
 def _share(graph: Graph, plan: Plan, number: int, holders: Holders) -> Share:

@@ -26,14 +26,14 @@ _USER, _OURS = 1, 2  # who holds a value
 class Holders(Protocol):
     """Who holds what at a moment of a step."""
 
-    orphans: dict[int, int]
-    """Storages of values that only nodes of the backward pass still hold, and how many of each."""
-
     def holds(self, value: int) -> bool:
-        """Whether anybody else holds a value."""
+        """Whether anybody but a node of the backward pass holds a value."""
 
     def used(self, value: int) -> bool:
-        """Whether user code or autograd does, or a replay that passes by."""
+        """Whether user code does, or a replay that passes by."""
+
+    def orphans(self) -> list[int]:
+        """The values of which only nodes of the backward pass still hold a storage, once for each storage."""
 
 
 Look: TypeAlias = "Callable[[int, int, Holders, Collection[int] | None], None]"
@@ -75,6 +75,8 @@ class Simulator:
         self.made_by = [value.made_by for value in graph.values]
         self.evictable = [value.evictable for value in graph.values]
         self.sources = [[v for v in op.inputs if graph.values[v].evictable] for op in graph.ops]
+        self.outputs = [op.outputs for op in graph.ops]
+        self.temporaries = [op.temporaries for op in graph.ops]
         self.asked: list[list[int]] = [[] for _ in range(len(graph.ops) + 1)]
         self.dropped: list[list[int]] = [[] for _ in range(len(graph.ops) + 1)]
         self.overwrites = [value.overwrites for value in graph.values]
@@ -105,16 +107,16 @@ class Simulator:
         for number in range(len(self.graph.ops) + 1):
             step.begin(number)
             for position in self.asked[number]:
-                value = self.graph.demands[position].value
-                if not self.evictable[value]:
+                demand = self.graph.demands[position]
+                if not self.evictable[demand.value]:
                     continue
-                ops = [] if step.holders[value] else self.missing(value, step.holders)
+                ops = [] if step.holders[demand.value] else self.missing(demand.value, step.holders)
                 decided = turn(position, ops)
                 if ops:
                     replays[position] = tuple(ops)
-                    step.replay(value, ops, decided.retained)
-                if self.graph.demands[position].until > number:
-                    step.hand_over(value, self.graph.demands[position].until)
+                    step.replay(demand.value, ops, decided.retained)
+                if demand.until > number:
+                    step.hand_over(demand.value, demand.until)
                 for other in decided.dropped:
                     step.let_go(other, _OURS)
             if number < len(self.graph.ops):
@@ -152,6 +154,21 @@ class Simulator:
         return sorted(ops)
 
 
+@dataclass(slots=True)
+class _Hands:
+    """Nodes of the backward pass that have one storage of a value in hand.
+
+    Attributes:
+        value: number of the value.
+        count: how many of them.
+        orphan: only they hold it.
+    """
+
+    value: int
+    count: int = 0
+    orphan: bool = False
+
+
 class _Step:
     """What is live while a step is played.
 
@@ -172,19 +189,24 @@ class _Step:
         self.holders = bytearray(len(simulator.nbytes))
         self.live = self.peak = simulator.graph.standing
         self.seconds = 0.0
-        self._nodes: dict[int, int] = {}  # how many nodes have each value in hand
-        self.orphans: dict[int, int] = {}  # storages of it that only they still hold
-        self._handed: dict[int, list[int]] = {}
+        self._hands: dict[int, _Hands] = {}  # the nodes that have in hand what we or user code hold of a value
+        self._handed: dict[int, list[_Hands]] = {}
 
     def begin(self, number: int) -> None:
         """What goes before an op and its demands."""
-        self.peak = self.live
+        holders, nbytes = self.holders, self._nbytes
         for value in self._simulator.dropped[number]:
-            self.let_go(value, _USER)
-        for value in self._handed.pop(number, ()):
-            self._nodes[value] -= 1
-            if not self._nodes[value]:
-                self.live -= self.orphans.pop(value, 0) * self._nbytes[value]
+            if holders[value] == _USER and value not in self._hands:  # as most often
+                holders[value] = 0
+                self.live -= nbytes[value]
+            else:
+                self.let_go(value, _USER)
+        if number in self._handed:
+            for hands in self._handed.pop(number):
+                hands.count -= 1
+                if hands.orphan and not hands.count:
+                    self.live -= nbytes[hands.value]
+        self.peak = self.live
 
     def let_go(self, value: int, who: int) -> None:
         """One of its holders lets go of a value."""
@@ -193,28 +215,33 @@ class _Step:
         self.holders[value] -= who
         if self.holders[value]:
             return
-        if self._nodes.get(value):
-            self.orphans[value] = self.orphans.get(value, 0) + 1
+        hands = self._hands.pop(value, None)
+        if hands is not None and hands.count:
+            hands.orphan = True
         else:
             self.live -= self._nbytes[value]
 
     def hand_over(self, value: int, until: int) -> None:
         """A node of the backward pass has a value in hand until an op."""
-        self._nodes[value] = self._nodes.get(value, 0) + 1
-        self._handed.setdefault(until, []).append(value)
+        hands = self._hands.setdefault(value, _Hands(value))
+        hands.count += 1
+        self._handed.setdefault(until, []).append(hands)
 
     def run(self, number: int) -> None:
         """An op of the step itself."""
-        op = self._simulator.graph.ops[number]
-        for value in op.outputs:
-            old = self._simulator.overwrites[value]
-            if old is not None and self.holders[old]:
-                self.live -= self._nbytes[old]
-                self.holders[old] = 0
-            self.live += self._nbytes[value]
-            self.holders[value] = _USER + _OURS if self._keeps[value] else _USER
-        if self.live + op.temporaries > self.peak:
-            self.peak = self.live + op.temporaries
+        simulator, holders = self._simulator, self.holders
+        live = self.live
+        for value in simulator.outputs[number]:
+            old = simulator.overwrites[value]
+            if old is not None and holders[old]:
+                live -= self._nbytes[old]
+                holders[old] = 0
+                self._hands.pop(old, None)
+            live += self._nbytes[value]
+            holders[value] = _USER + _OURS if self._keeps[value] else _USER
+        self.live = live
+        if live + simulator.temporaries[number] > self.peak:
+            self.peak = live + simulator.temporaries[number]
             if self._look is not None:
                 self._look(number, self.peak, self, None)
 
@@ -225,6 +252,11 @@ class _Step:
     def used(self, value: int) -> bool:
         """Whether user code does, or a replay that passes by."""
         return self.holders[value] != _OURS
+
+    def orphans(self) -> list[int]:
+        """The values of which only nodes of the backward pass still hold a storage, once for each storage."""
+        pending = {id(hands): hands for group in self._handed.values() for hands in group}
+        return [hands.value for hands in pending.values() if hands.orphan]
 
     def replay(self, target: int, ops: list[int], retained: frozenset[int]) -> None:
         """Ops are repeated for a value."""

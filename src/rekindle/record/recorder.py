@@ -42,6 +42,7 @@ LEAF = "a leaf"
 SMALL = "too small to be worth a decision"
 UNINITIALISED = "from an empty tensor that no recorded op has filled"
 OVERWRITTEN_LEAF = "from an op that writes over what it reads, which nothing could bring back"
+DEFAULT_MIN_NBYTES = 1024
 _OPS_BETWEEN_CUTS = 4096
 
 Tensor = torch.Tensor
@@ -191,7 +192,7 @@ class Recorder(TorchDispatchMode):
         except (NotImplementedError, RuntimeError):  # sparse, quantised, opaque layouts: no plain storage
             return self._pass(func, traits, args, kwargs, backward)
         if traits.random:
-            op.random = _generator_state(args, kwargs)
+            op.random = self._state(args, kwargs)
         if written:
             op.writes = []
             uncounted = uncounted_target(traits, args, kwargs)
@@ -256,10 +257,18 @@ class Recorder(TorchDispatchMode):
 
     def _keep_random(self, op: Op, generator: torch.Generator, state: Tensor) -> None:
         """Count the bytes of the generator's state, or drop it if the op drew nothing, as attention without dropout."""
-        if torch.equal(state, generator.get_state()):
-            op.random = None
-        else:
+        if self._drew(op, generator, state):
             self.ledger.track(state.untyped_storage(), None, state.nbytes)
+        else:
+            op.random = None
+
+    def _state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Generator, Tensor]:
+        """The generator that an op draws from, and its state."""
+        return _generator_state(args, kwargs)
+
+    def _drew(self, op: Op, generator: torch.Generator, state: Tensor) -> bool:
+        """Whether the op drew from the generator, whose state before it is given."""
+        return not torch.equal(state, generator.get_state())
 
     def _template(
         self,
@@ -400,8 +409,8 @@ class Recorder(TorchDispatchMode):
         if tracked is None:
             tracked = self.ledger.track_leaf(tensor)
             assert tracked is not None
-        owner = tensor if type(tensor) is torch.nn.Parameter else tensor._base
-        if type(owner) is torch.nn.Parameter and not owner.is_inference():
+        owner = tensor if self._is_parameter(tensor) else tensor._base
+        if owner is not None and self._is_parameter(owner) and not owner.is_inference():
             activation = Activation(None, window_of(owner), storage.nbytes(), self.modules.outside, LEAF)
             activation.storage = storage
             activation.version = owner._version
@@ -418,6 +427,9 @@ class Recorder(TorchDispatchMode):
         activation.key = storage._cdata
         activation.value_id = tracked.value_id
         return activation
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        return type(tensor) is torch.nn.Parameter
 
     def hold(self, activation: Activation, tensor: Tensor) -> None:
         """Keep the bytes of an activation that `tensor` looks at. From inside a dispatch only."""

@@ -174,6 +174,18 @@ def _results(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int | No
     return nbytes
 
 
+def made_nbytes(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> int:
+    """Bytes of the new storages that an op of the CPU returned on fake tensors. Where its kernel would return larger
+    ones than the shape function says, they are made as large."""
+    read = {tensor.untyped_storage()._cdata for tensor in (*tensors_of(args), *tensors_of(kwargs.values()))}
+    made = [tensor for tensor in tensors_of([result]) if tensor.untyped_storage()._cdata not in read]
+    if made and _name(func) in _LOSSES:
+        made[0].untyped_storage().resize_(max(nbytes_of(made[0]), nbytes_of(args[0])))
+    elif made and _name(func) == "aten::mkldnn_rnn_layer":
+        made[-1].untyped_storage().resize_(rnn_workspace(args))
+    return sum({(storage := tensor.untyped_storage())._cdata: storage.nbytes() for tensor in made}.values())
+
+
 def _meta(arg: Any, storages: dict[int, torch.UntypedStorage]) -> Any:
     if isinstance(arg, torch.Tensor):
         meta = torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device="meta")

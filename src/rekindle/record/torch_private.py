@@ -21,10 +21,13 @@ version which breaks one fails there first.
 * Nodes. The engine knows which node of the graph it is running, and nodes have numbers and names. Formulas of some of
   them ask whether a dispatch mode is active, and the engine puts back after each node whatever that has changed of it.
 * Lazy conjugation. A handler runs with the kernels excluded that carry it out, though what it calls may need them.
+* Fake tensors. A step without bytes: they are what PyTorch's own compiler traces with, and have no public home.
+* Fused attention. Which kernel a CUDA device takes is decided by a device that may not be there.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -35,6 +38,9 @@ import torch
 from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy, _profiler_enabled
 from torch._C._dynamo import eval_frame
 from torch._C._profiler import ProfilerConfig, ProfilerState
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _AD_INPLACE_OR_VIEW = torch._C.DispatchKey.ADInplaceOrView
@@ -48,6 +54,43 @@ def current_node() -> int:
     """The number of the autograd node running on this thread, -1 outside of a backward pass."""
     node: Any = torch._C._current_autograd_node()
     return int(node._sequence_nr()) if node is not None else -1
+
+
+flash_attention: Callable[..., Any] = torch.ops.aten._scaled_dot_product_flash_attention.default
+"""The attention of CUDA devices for short floats without a mask. Its first result is the output."""
+efficient_attention: Callable[..., Any] = torch.ops.aten._scaled_dot_product_efficient_attention.default
+"""The attention of CUDA devices for all else. Its first result is the output."""
+FAKE_ERRORS = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedOperatorException,
+    fake_tensor.UnsupportedFakeTensorException,
+)
+"""What fake tensors raise for ops whose result, or its shape, they cannot tell."""
+no_modes: Callable[[], AbstractContextManager[Any]] = _disable_current_modes
+"""Runs one block outside of all modes. A fake tensor finds the mode that it belongs to by itself."""
+
+
+@contextmanager
+def faking(mode: FakeTensorMode) -> Iterator[None]:
+    """Runs one block in which ops make fake tensors.
+
+    These are not known as such to those who ask for `torch._subclasses.FakeTensor`: Transformers does, and then takes
+    another way than in a real step (it builds masks that it would leave out). What fails is not logged, only raised.
+    """
+    known, log = torch._subclasses.FakeTensor, logging.getLogger(fake_tensor.__name__)
+    was_disabled, log.disabled = log.disabled, True
+    torch._subclasses.FakeTensor = _Nobody  # type: ignore[misc, assignment]
+    try:
+        with mode:
+            yield
+    finally:
+        log.disabled = was_disabled
+        torch._subclasses.FakeTensor = known  # type: ignore[misc]
+
+
+class _Nobody:
+    """What no tensor is."""
 
 
 def step_aside(mode: TorchDispatchMode, nodes: Collection[str]) -> None:

@@ -139,7 +139,7 @@ class SavedTensors:
             base = self._replayer.bring_back(activation, graph_task, turn)
         if self.checksums is not None:
             self.checksums.compare(activation, base, saved=True)
-        tensor = _look(base, packed.window)
+        tensor = self._look(base, packed.window)
         if turn is not None and follower is not None:
             follower.drop(turn)
         elif activation.retained and not activation.pending(graph_task):
@@ -174,8 +174,7 @@ class SavedTensors:
             self._hold(activation, tensor, activation.watched())
 
     def _hold(self, activation: Activation, tensor: torch.Tensor, source: torch.Tensor | None) -> None:
-        with without_dispatch_modes():
-            activation.held = (tensor if source is None else source).detach()
+        activation.held = self._alias(tensor if source is None else source)
         if source is None and not tensor.is_inference():
             activation.version = tensor._version  # another tensor on the same bytes may count its writes apart
         self._recorder.lend(activation)
@@ -183,8 +182,14 @@ class SavedTensors:
     def _as_it_is(self, tensor: torch.Tensor, key: int, call: ModuleCall) -> Saved:
         if tensor.requires_grad and tensor.is_leaf:
             return Saved(tensor, key, call)  # not an alias: like autograd, follow what `parameter.data = other` does
+        return Saved(self._alias(tensor), key, call)
+
+    def _alias(self, tensor: torch.Tensor) -> torch.Tensor:
         with without_dispatch_modes():
-            return Saved(tensor.detach(), key, call)
+            return tensor.detach()
+
+    def _look(self, base: torch.Tensor, window: Window) -> torch.Tensor:
+        return _look(base, window)
 
     def _check(self, packed: Saved) -> torch.Tensor:
         if packed.version is not None and packed.tensor._version != packed.version:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import Protocol
 
 import torch
 
-from rekindle._errors import PressureError
+from rekindle._bytes import Amount, format_bytes, parse_budget, parse_bytes
+from rekindle._errors import BytesError, PressureError
 
+_MEMINFO = "/proc/meminfo"
+_AUTO = 20  # "auto" leaves this fraction of what is free for what nobody can see
+_CGROUP_USAGES = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -93,21 +98,113 @@ def machine_memory() -> int:
     """Bytes that this process may have: the limit of its control group, or else the physical memory."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in _CGROUP_LIMITS:
-        try:
-            limit = Path(name).read_text().strip()
-        except OSError:
-            continue
+        limit = _read(name).strip()
         if limit.isdigit():
             return min(int(limit), physical)
     return physical
 
 
+def free_memory() -> int:
+    """Bytes that this process could allocate now: of the accelerator, if there is one, else of the machine, within the
+    limit of its control group."""
+    device = _accelerator()
+    if device is not None:
+        reader = AcceleratorReader(device)
+        return reader.limit() - reader.used()
+    free = machine_memory()
+    found = re.search(r"^MemAvailable: +(\d+) kB$", _read(_MEMINFO), re.MULTILINE)
+    if found is not None:
+        free = int(found[1]) << 10
+    for limit, usage in zip(_CGROUP_LIMITS, _CGROUP_USAGES, strict=True):
+        most, used = _read(limit).strip(), _read(usage).strip()
+        if most.isdigit() and used.isdigit():
+            free = min(free, max(0, int(most) - int(used)))
+    return free
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A memory budget as it was understood.
+
+    Attributes:
+        nbytes: the most bytes that may be live.
+        stated: what the user wrote.
+        meaning: what that was taken to mean.
+    """
+
+    nbytes: int
+    stated: Amount
+    meaning: str
+
+    def __str__(self) -> str:
+        return f"{self.stated!r}: {self.meaning}"
+
+
+def read_budget(stated: Amount, headroom: int | str | None = None, *, total: int | None = None) -> Budget:
+    """The budget that a user stated, in bytes.
+
+    Args:
+        stated: bytes, a string such as "6GiB", a float in (0, 1] for a share of the device's memory, or "auto" for what
+            is free now, besides what this process has allocated on the accelerator already.
+        headroom: kept back from it. Without it, "auto" keeps a twentieth back and the others nothing.
+        total: the device's memory, if it is not the one that is here.
+
+    Raises:
+        BytesError: `stated` or `headroom` is no amount of memory, or nothing is left.
+    """
+    amount = parse_budget(stated)
+    back = parse_bytes(headroom) if headroom else 0
+    if amount == "auto":
+        free, taken = (free_memory(), _allocated()) if total is None else (total, 0)
+        back = free // _AUTO if headroom is None else back
+        nbytes, meaning = free + taken, f"{format_bytes(free)} free now"
+        if taken:
+            meaning += f" and {format_bytes(taken)} allocated already"
+    elif isinstance(amount, float):
+        whole = device_memory() if total is None else total
+        nbytes, meaning = int(amount * whole), f"{amount:.0%} of {format_bytes(whole)}"
+    else:
+        assert isinstance(amount, int)
+        nbytes, meaning = amount, format_bytes(amount)
+    if back >= nbytes:
+        raise BytesError(
+            f"headroom {format_bytes(back)} leaves nothing of memory_budget {stated!r} ({meaning}). Write a larger "
+            f"budget, or a smaller headroom such as headroom={nbytes // _AUTO}."
+        )
+    if back:
+        meaning += f", less {format_bytes(back)} headroom: {format_bytes(nbytes - back)}"
+    elif meaning != format_bytes(nbytes):
+        meaning += f": {format_bytes(nbytes)}"
+    return Budget(nbytes - back, stated, meaning)
+
+
+def device_memory() -> int:
+    """Bytes of the accelerator, if there is one, else of the machine."""
+    device = _accelerator()
+    return machine_memory() if device is None else int(torch.accelerator.get_memory_info(device)[1])
+
+
+def _allocated() -> int:
+    device = _accelerator()
+    return 0 if device is None else AcceleratorReader(device).used()
+
+
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def _read(name: str) -> str:
+    try:
+        return Path(name).read_text()
+    except OSError:
+        return ""
+
+
 def default_reader(live: Callable[[], int], budget: int | None) -> MemoryReader:
     """The reader for this machine: of the accelerator if there is one and no budget, else of the live bytes `live()`,
     with the budget as the limit, or what the machine has."""
-    if budget is None and torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-        assert device is not None
+    device = _accelerator()
+    if budget is None and device is not None:
         return AcceleratorReader(device)
     return LiveReader(live, machine_memory() if budget is None else budget)
 

@@ -11,14 +11,14 @@ from typing import Literal
 
 import torch
 
-from rekindle._bytes import format_bytes, parse_bytes
+from rekindle._bytes import Amount, format_bytes, parse_bytes
 from rekindle._errors import SessionError, UnknownTensor, UnsupportedContext
 from rekindle.graph import Graph, Plan, verify_plan
 from rekindle.policy import Decider, KeepAll, PerModule, PolicyLike, check_policy, decider_of
 from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Ledger
 from rekindle.record.modules import ModuleStack
-from rekindle.record.recorder import Recorder
+from rekindle.record.recorder import DEFAULT_MIN_NBYTES, Recorder
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import hooks_refused, in_func_transform
 from rekindle.runtime.checksums import Checksums
@@ -26,13 +26,11 @@ from rekindle.runtime.decide import Decisions
 from rekindle.runtime.eviction import Eviction, EvictionPolicy, Evictor, Sweep
 from rekindle.runtime.hooks import SavedTensors
 from rekindle.runtime.learn import Learner
-from rekindle.runtime.pressure import Level, Pressure, default_reader
+from rekindle.runtime.pressure import Level, Pressure, default_reader, read_budget
 from rekindle.runtime.replay import Replayer
 from rekindle.runtime.room import Room
 from rekindle.runtime.snapshots import Snapshots
 from rekindle.runtime.stats import Stats
-
-DEFAULT_MIN_NBYTES = 1024
 
 
 class Session:
@@ -51,7 +49,8 @@ class Session:
         self,
         policy: PolicyLike | None = None,
         *,
-        memory_budget: int | str | None = None,
+        memory_budget: Amount | None = None,
+        headroom: int | str | None = None,
         plan: Plan | None = None,
         inplace: Literal["strict", "snapshot"] = "strict",
         verify: bool = False,
@@ -64,7 +63,9 @@ class Session:
             policy: what to keep. Without one, everything that autograd saves is kept, as far as there is room.
             memory_budget: the most bytes that may be live while the session is entered, such as "6GiB": parameters,
                 gradients, buffers and inputs that the step touches, and all that its ops allocate. Room is made before
-                each op by evicting what can be recomputed.
+                each op by evicting what can be recomputed. A float in (0, 1] is a share of the device's memory, "auto"
+                what is free now; `print(session)` says what was understood.
+            headroom: bytes of the budget to keep back, such as "500MB". "auto" keeps a twentieth back by itself.
             plan: one made for a budget earlier, such as `Plan.load(path)`, obeyed from the first step on, within that
                 budget. A forward pass that is not the one it was made for is refused.
             inplace: with "strict", an in-place write over what autograd saved is an error in the backward pass, as in
@@ -76,7 +77,7 @@ class Session:
 
         Raises:
             PolicyError: `policy` is not a policy.
-            BytesError: `memory_budget` is not an amount of memory.
+            BytesError: `memory_budget` or `headroom` is not an amount of memory, or nothing is left.
             SessionError: `inplace` is something else, or `plan` has no graph or is not alone.
         """
         if policy is not None:
@@ -84,10 +85,11 @@ class Session:
         if inplace not in ("strict", "snapshot"):
             raise SessionError(f'inplace is {inplace!r}. Write inplace="strict" or inplace="snapshot".')
         if plan is not None:
-            _check_plan(plan, policy, memory_budget)
+            _check_plan(plan, policy, memory_budget if memory_budget is not None else headroom)
             memory_budget = plan.forecast.budget if plan.forecast is not None else None
         self.policy = policy
-        self.memory_budget = None if memory_budget is None else parse_bytes(memory_budget)
+        self.budget = None if memory_budget is None else read_budget(memory_budget, headroom)
+        self.memory_budget = None if self.budget is None else self.budget.nbytes
         self._finished = Stats()
         self._step = Stats()
         self._entry_nbytes = 0
@@ -353,7 +355,8 @@ class Session:
         return f"Session(policy={self.policy!r}{budget})"
 
     def __str__(self) -> str:
-        return f"{self!r}\n{self.stats}"
+        budget = "" if self.budget is None else f"\nbudget {self.budget}"
+        return f"{self!r}{budget}\n{self.stats}"
 
 
 def _check_plan(plan: object, policy: object, memory_budget: object) -> None:

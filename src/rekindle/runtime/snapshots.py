@@ -10,9 +10,9 @@ import torch
 
 from rekindle.record.activation import Activation, Op
 from rekindle.record.aliasing import Ledger
+from rekindle.record.seams import Room
 from rekindle.record.torch_private import at_recorded_level
 from rekindle.runtime.replay import clone_storage, missing_ops
-from rekindle.runtime.room import Room
 from rekindle.runtime.stats import Stats
 
 _COPIED_PER_SECOND = 4e9  # bytes; what one core copies, rounded down

@@ -1,0 +1,169 @@
+"""What ops cost on paper: FLOPs, bytes, and the seconds that a roofline makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from rekindle import RehearsalError
+from rekindle.record.cost import DEVICES, Device, bytes_moved, find_device, flops, seconds
+
+aten = torch.ops.aten
+SLOW = Device("slow", "cuda", 0, 1e3, {"float32": 1e6, "bfloat16": 2e6, "tf32": 4e6}, 1e-3)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor without bytes."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def ran(func: Any, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
+    """An op with its arguments and its result."""
+    return func, args, kwargs, func(*args, **kwargs)
+
+
+Q, K = (2, 4, 64, 16), (2, 4, 96, 16)
+ATTENTION = 2 * 2 * 2 * 4 * 64 * 96 * 16
+FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
+FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        (ran(aten.mm.default, meta(3, 5), meta(5, 7)), 2 * 3 * 5 * 7),
+        (ran(aten.addmm.default, meta(7), meta(3, 5), meta(5, 7)), 2 * 3 * 5 * 7),
+        (ran(aten.bmm.default, meta(2, 3, 5), meta(2, 5, 7)), 2 * 2 * 3 * 5 * 7),
+        (
+            ran(
+                aten.convolution.default,
+                meta(2, 3, 8, 8),
+                meta(4, 3, 3, 3),
+                None,
+                [1, 1],
+                [1, 1],
+                [1, 1],
+                False,
+                [0],
+                1,
+            ),
+            2 * 2 * 4 * 64 * 27,
+        ),
+        (ran(FLASH, meta(*Q), meta(*K), meta(*K)), ATTENTION),
+        (
+            ran(FLASH_BACKWARD, meta(*Q), meta(*Q), meta(*K), meta(*K), meta(*Q), meta(*Q[:3]), 0.0, False),
+            ATTENTION * 5 // 2,
+        ),
+        (ran(aten.add.Tensor, meta(3, 5), meta(3, 5)), 0),
+        (ran(aten._local_scalar_dense.default, torch.ones(())), 0),
+    ],
+    ids=["mm", "addmm", "bmm", "convolution", "attention", "attention backward", "add", "item"],
+)
+def test_flops(op: tuple[Any, ...], expected: int) -> None:
+    """Products count two for each multiplication, attention two products forward and five backward, others nothing."""
+    assert flops(*op) == expected
+
+
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        (ran(aten.add.Tensor, meta(3, 5), meta(3, 5)), 3 * 60),
+        (ran(aten.add_.Tensor, meta(3, 5), meta(3, 5)), 3 * 60),
+        (ran(aten.add.Tensor, meta(3, 5), meta(5).expand(3, 5)), 2 * 60 + 20),
+        (ran(aten._to_copy.default, meta(3, 5), dtype=torch.bfloat16), 60 + 30),
+        (ran(aten.cat.default, [meta(3, 5), meta(4, 5)]), 2 * 140),
+        (ran(aten.embedding.default, meta(1000, 8), meta(4, dtype=torch.long)), 2 * 4 * 8 * 4),
+        (ran(aten.ones.default, [3, 5], device="meta"), 60),
+        (ran(aten.view.default, meta(3, 5), [15]), 0),
+        (ran(aten._unsafe_view.default, meta(3, 5), [15]), 0),
+        (ran(aten.empty_like.default, meta(3, 5)), 0),
+    ],
+    ids=["add", "in place", "expanded", "cast", "list", "embedding", "ones", "view", "unsafe view", "empty"],
+)
+def test_bytes(op: tuple[Any, ...], expected: int) -> None:
+    """Arguments and results move once each, rows that are looked up and not whole tables, views and empty ones not."""
+    assert bytes_moved(*op) == expected
+
+
+def test_the_roofline() -> None:
+    """An op takes as long as its arithmetic, its bytes, or a launch, whichever is longest; what computes nothing takes
+    nothing."""
+    product = ran(aten.mm.default, meta(100, 1000), meta(1000, 100))
+    assert seconds(*product, SLOW) == max(2 * 100 * 100 * 1000 / 1e6, (2 * 100 * 1000 + 100 * 100) * 4 / 1e3)
+    half = ran(aten.mm.default, meta(100, 10**6, dtype=torch.bfloat16), meta(10**6, 100, dtype=torch.bfloat16))
+    fast = Device("fast", "cuda", 0, 1e12, SLOW.flops, 1e-3)
+    assert seconds(*half, fast) == 2e10 / 2e6
+    assert seconds(*ran(aten.neg.default, meta(1000)), SLOW) == 8.0
+    assert seconds(*ran(aten.neg.default, meta(1)), fast) == 1e-3
+    assert seconds(*ran(aten.view.default, meta(3, 5), [15]), SLOW) == 0.0
+
+
+@pytest.fixture
+def tensor_cores() -> Iterator[Callable[[bool, bool], None]]:
+    """Allows or forbids tensor cores for products, and for convolutions, while the test runs."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    def allow(products: bool, convolutions: bool) -> None:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, convolutions
+
+    yield allow
+    allow(*before)
+
+
+def test_float32_in_tensor_cores(tensor_cores: Callable[[bool, bool], None]) -> None:
+    """float32 is multiplied at the rate that the user's settings allow: products and convolutions have one each."""
+    fast = Device("fast", "cuda", 0, 1e15, SLOW.flops, 0.0)
+    product = ran(aten.mm.default, meta(100, 100), meta(100, 100))
+    convolution = ran(
+        aten.convolution.default, meta(2, 3, 8, 8), meta(4, 3, 3, 3), None, [1, 1], [1, 1], [1, 1], False, [0], 1
+    )
+    for matmul, cudnn in ((True, False), (False, True)):
+        tensor_cores(matmul, cudnn)
+        assert seconds(*product, fast) == flops(*product) / (4e6 if matmul else 1e6)
+        assert seconds(*convolution, fast) == flops(*convolution) / (4e6 if cudnn else 1e6)
+
+
+@pytest.mark.parametrize("name", ["h100", "H100", "a100", "h200", "rtx4090", "RTX 4090", "NVIDIA H100 80GB HBM3"])
+def test_devices_by_name(name: str) -> None:
+    """Devices are found in any spelling, also in the one of the driver."""
+    device = find_device(name)
+    assert device.name in name.lower().replace(" ", "")
+    assert DEVICES[device.name] is device
+
+
+def test_the_table_is_sane() -> None:
+    """Short floats are faster than long ones, newer devices than older ones, and all is in bytes and seconds."""
+    for device in DEVICES.values():
+        rates = [device.rate(dtype) for dtype in ("bfloat16", "tf32", "float32", "float64")]
+        assert rates == sorted(rates, reverse=True)
+        assert device.rate("float16") == rates[0]
+        assert 1e12 < device.bandwidth < 1e13
+        assert 20e9 < device.nbytes < 200e9
+        assert device.rate("int8") == device.rate("float32")
+    a100, h100, h200 = (DEVICES[name] for name in ("a100", "h100", "h200"))
+    assert a100.bandwidth < h100.bandwidth < h200.bandwidth
+    assert a100.rate("bfloat16") < h100.rate("bfloat16")
+
+
+def test_more_threads_are_faster() -> None:
+    """The CPU's rates are those of the threads that PyTorch may use."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = find_device("cpu")
+        torch.set_num_threads(2)
+        two = find_device(torch.device("cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert two.rate("float32") == 2 * one.rate("float32")
+    assert one.bandwidth < two.bandwidth
+
+
+@pytest.mark.parametrize("name", ["v100", "tpu", "", "meta"])
+def test_unknown_devices(name: str) -> None:
+    """A device that nothing is known about is refused with those that can be written."""
+    with pytest.raises(RehearsalError, match="Write one of 'a100', 'h100', 'h200', 'rtx4090', 'cpu'"):
+        find_device(name)
