@@ -7,8 +7,9 @@
             loss.backward()
         optimizer.step()
 
-The house, in the order a step passes through it: `graph` (a step on paper), `policy` (what to keep), `record` (watch a
-step from below autograd), `runtime` (keep, evict, recompute), `_api` (the verbs). See docs/layout.md.
+The house, in the order a step passes through it: `graph` (a step on paper), `policy` (what to keep), `report` (plans
+for people), `record` (watch a step from below autograd), `runtime` (keep, evict, recompute), `_api` (the verbs). See
+docs/layout.md.
 """
 
 from rekindle._api import apply, max_batch, plan, remove, session_of
@@ -17,6 +18,7 @@ from rekindle._errors import (
     BytesError,
     GraphError,
     LeafModified,
+    PlanMismatch,
     PolicyError,
     PressureError,
     RecomputeError,
@@ -28,13 +30,17 @@ from rekindle._errors import (
     UnknownTensor,
     UnsupportedContext,
 )
-from rekindle.graph import Graph, Plan, load_graph, save_graph
+from rekindle.graph import Graph, Plan, load_graph, print_plans_with, save_graph
 from rekindle.policy import Balanced, ByDepth, EveryN, KeepAll, KeepNone, MemoryOptimal, PerModule, SpeedOptimal
 from rekindle.record.activation import Activation
+from rekindle.report import describe_plan
 from rekindle.runtime.eviction import Eviction, EvictionPolicy, Sweep
 from rekindle.runtime.pressure import AcceleratorReader, FakeReader, Level, LiveReader, MemoryReader, Pressure
 from rekindle.runtime.session import Session
 from rekindle.runtime.stats import Stats
+
+print_plans_with(describe_plan)
+del describe_plan, print_plans_with  # print(plan) is how to ask for it
 
 __all__ = [
     "AcceleratorReader",
@@ -58,6 +64,7 @@ __all__ = [
     "MemoryReader",
     "PerModule",
     "Plan",
+    "PlanMismatch",
     "PolicyError",
     "Pressure",
     "PressureError",

@@ -5,6 +5,7 @@ RekindleError
 |-- PolicyError            a policy that cannot be used as written
 |-- GraphError             a graph or plan that breaks the rules, or a file that holds none
 |-- SessionError           a session used out of turn: entered twice, applied twice
+|-- PlanMismatch           a step that is not the one that its plan was made for
 |-- UnsupportedContext     a place where sessions cannot work: torch.func transforms, CUDA graph capture
 |-- UnknownTensor          a tensor the session never saw
 |-- PressureError          thresholds of memory pressure that make no sense
@@ -37,6 +38,10 @@ class GraphError(RekindleError, ValueError):
 
 class SessionError(RekindleError, RuntimeError):
     """A session used out of turn."""
+
+
+class PlanMismatch(RekindleError, RuntimeError):
+    """A step that is not the one that its plan was made for."""
 
 
 class UnsupportedContext(RekindleError, RuntimeError):

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from reprlib import repr as short
 from typing import Any
 
 import pytest
@@ -439,7 +440,7 @@ def test_garbage_is_refused(choice: Any) -> None:
     message = "Return the numbers of the values to keep, such as [value.number for value in graph.evictable"
     with pytest.raises(PolicyError, match=re.escape(message)) as caught:
         make_plan(lambda graph: choice, SCORED)
-    assert repr(choice) in str(caught.value)
+    assert short(choice) in str(caught.value)
 
 
 def test_values_are_not_their_numbers() -> None:

@@ -12,14 +12,33 @@ that asked for it is done, though some let go of it before.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol, TypeAlias
 
 from rekindle.graph.ir import Graph
 from rekindle.graph.plan import Plan, Turn
 
 _USER, _OURS = 1, 2  # who holds a value
+
+
+class Holders(Protocol):
+    """Who holds what at a moment of a step."""
+
+    def holds(self, value: int) -> bool:
+        """Whether anybody but a node of the backward pass holds a value."""
+
+    def used(self, value: int) -> bool:
+        """Whether user code does, or a replay that passes by."""
+
+    def orphans(self) -> list[int]:
+        """The values of which only nodes of the backward pass still hold a storage, once for each storage."""
+
+
+Look: TypeAlias = "Callable[[int, int, Holders, Collection[int] | None], None]"
+"""Is shown each op that has more bytes live than what came before since the last op of the step: its number, those
+bytes, who holds what, and if it is replayed what is there in passing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +87,21 @@ class Simulator:
             if end is not None:
                 self.dropped[end].append(value)
 
-    def run(self, plan: Plan, limit: float = math.inf) -> Timeline | None:
+    def run(self, plan: Plan, limit: float = math.inf, look: Look | None = None) -> Timeline | None:
         """The step under a plan; None if more than `limit` bytes are live at any moment."""
         turns = plan.turns or default_turns(self.graph)
-        return self.play(plan.kept, lambda demand, _: turns[demand], limit)
+        return self.play(plan.kept, lambda demand, _: turns[demand], limit, look)
 
     def play(
-        self, kept: Iterable[int], turn: Callable[[int, list[int]], Turn], limit: float = math.inf
+        self,
+        kept: Iterable[int],
+        turn: Callable[[int, list[int]], Turn],
+        limit: float = math.inf,
+        look: Look | None = None,
     ) -> Timeline | None:
         """The step with `kept` checkpoints, where `turn(demand, ops)` says what to hold and let go of when `ops` are
         replayed for a demand. None if more than `limit` bytes are live at any moment."""
-        step = _Step(self, kept)
+        step = _Step(self, kept, look)
         history: list[int] = []
         replays: list[tuple[int, ...]] = [()] * len(self.graph.demands)
         for number in range(len(self.graph.ops) + 1):
@@ -156,8 +179,9 @@ class _Step:
         seconds: of replays.
     """
 
-    def __init__(self, simulator: Simulator, kept: Iterable[int]) -> None:
+    def __init__(self, simulator: Simulator, kept: Iterable[int], look: Look | None) -> None:
         self._simulator = simulator
+        self._look = look
         self._nbytes = simulator.nbytes
         self._keeps = bytearray(len(simulator.nbytes))
         for value in kept:
@@ -218,6 +242,21 @@ class _Step:
         self.live = live
         if live + simulator.temporaries[number] > self.peak:
             self.peak = live + simulator.temporaries[number]
+            if self._look is not None:
+                self._look(number, self.peak, self, None)
+
+    def holds(self, value: int) -> bool:
+        """Whether anybody but a node of the backward pass holds a value."""
+        return bool(self.holders[value])
+
+    def used(self, value: int) -> bool:
+        """Whether user code does, or a replay that passes by."""
+        return self.holders[value] != _OURS
+
+    def orphans(self) -> list[int]:
+        """The values of which only nodes of the backward pass still hold a storage, once for each storage."""
+        pending = {id(hands): hands for group in self._handed.values() for hands in group}
+        return [hands.value for hands in pending.values() if hands.orphan]
 
     def replay(self, target: int, ops: list[int], retained: frozenset[int]) -> None:
         """Ops are repeated for a value."""
@@ -237,7 +276,10 @@ class _Step:
                     there.discard(old)  # the op may have the original
                     live -= nbytes[old]
                 live += nbytes[value]
-            peak = max(peak, live + op.temporaries)
+            if live + op.temporaries > peak:
+                peak = live + op.temporaries
+                if self._look is not None:
+                    self._look(number, peak, self, [*(v for v in there if not holders[v]), *op.outputs])
             self.seconds += op.seconds
             for value in op.outputs:
                 if (value in retained or value == target) and not holders[value]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from rekindle._errors import GraphError
 from rekindle.graph.ir import Call, Graph, Op
-from rekindle.graph.plan import Plan
+
+if TYPE_CHECKING:
+    from rekindle.graph.plan import Plan
 
 _NEIGHBOURS = 2
 _OUTSIDE = Call(0, None, "", ())
@@ -32,15 +36,34 @@ def verify_plan(graph: Graph, plan: Plan) -> Plan:
     """Return `plan`, if it is a legal plan for `graph`.
 
     Raises:
-        GraphError: it keeps something that the graph does not have, or that is not evictable.
+        GraphError: it keeps, retains or drops something that the graph does not have or that is not evictable, has
+            turns but not one for each demand, or promises what cannot be.
     """
-    for number in sorted(plan.kept):
+    _verify_decided(graph, plan.kept, "the plan keeps")
+    if plan.turns and len(plan.turns) != len(graph.demands):
+        raise GraphError(f"the plan has {len(plan.turns)} turns, but the graph has {len(graph.demands)} demands")
+    for position, turn in enumerate(plan.turns):
+        _verify_decided(graph, turn.retained, f"turn {position} of the plan retains")
+        _verify_decided(graph, turn.dropped, f"turn {position} of the plan drops")
+    forecast = plan.forecast
+    if forecast is None:
+        return plan
+    for nbytes in (forecast.budget, forecast.peak):
+        if nbytes < 0:
+            raise GraphError(f"the plan speaks of {nbytes} bytes")
+    for seconds in (forecast.seconds, forecast.bound):
+        if not 0 <= seconds <= sys.float_info.max:
+            raise GraphError(f"the plan speaks of {seconds} seconds")
+    return plan
+
+
+def _verify_decided(graph: Graph, numbers: Iterable[int], who: str) -> None:
+    for number in sorted(numbers):
         if not 0 <= number < len(graph.values):
-            raise GraphError(f"the plan keeps value {number}, but the graph has {len(graph.values)} values")
+            raise GraphError(f"{who} value {number}, but the graph has {len(graph.values)} values")
         value = graph.values[number]
         if not value.evictable:
-            raise GraphError(f"the plan keeps value {number}, which is not its to decide: {value.why_kept or 'a leaf'}")
-    return plan
+            raise GraphError(f"{who} value {number}, which is not its to decide: {value.why_kept or 'a leaf'}")
 
 
 def _verify_numbers(graph: Graph) -> None:

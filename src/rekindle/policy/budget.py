@@ -17,11 +17,11 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from rekindle._bytes import format_bytes
 from rekindle._errors import BudgetInfeasible
-from rekindle.graph import Forecast, Graph, Plan, Simulator, Timeline, simulate
+from rekindle.graph import Forecast, Graph, Plan, Simulator, Timeline, fullest, simulate
 from rekindle.policy.cuts import Corner, Cuts
 from rekindle.policy.frames import Frame, Sites
+from rekindle.policy.refusal import refusal
 from rekindle.policy.schedule import schedule
 
 _CORNERS = 32  # prices tried in each frame
@@ -94,10 +94,13 @@ class Planner:
             raise self._infeasible(budget)
         timeline = found.timeline
         forecast = Forecast(budget, timeline.peak, timeline.seconds, self.bound(budget))
-        return replace(found.plan, forecast=forecast)
+        return replace(found.plan, forecast=forecast, graph=self.graph)
 
     def _infeasible(self, budget: int) -> BudgetInfeasible:
-        return BudgetInfeasible(f"memory_budget is {format_bytes(budget)}, floor {format_bytes(self.floor())}")
+        floor = self.floor()
+        found = self._find(floor)
+        plan = found.plan if found is not None else Plan(self._must)
+        return BudgetInfeasible(refusal(budget, floor, fullest(self.graph, plan)))
 
     def floor(self) -> int:
         """The smallest budget for which there is a plan."""

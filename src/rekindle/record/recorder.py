@@ -87,6 +87,7 @@ class Recorder(TorchDispatchMode):
     def cut(self) -> None:
         """Make every value there is a leaf for the ops to come: a forward never reaches back into an older one."""
         self._settle()
+        self._to_hold.clear()  # of an op that failed
         self.ledger.forget_activations()
         self.saves = 0
         self._next_cut = self.number + _OPS_BETWEEN_CUTS

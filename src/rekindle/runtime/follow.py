@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from rekindle._bytes import format_bytes
+from rekindle._errors import PlanMismatch
 from rekindle.graph import Graph, Plan, Turn
 from rekindle.record.activation import Activation
 
@@ -24,12 +26,13 @@ class PlannedStep:
     Attributes:
         graph: the step that it was made for.
         plan: the plan.
-        names: the op that made each evictable activation, in the order made, and its bytes if the plan has a budget.
+        names: the op that made each evictable activation, in the order made, and its bytes if the plan tells its graph.
         keeps: whether the plan keeps it.
         prefixes: hash of the stream before each position, and of all of it.
         asked: which activation autograd asks for, demand by demand.
         turns: what is retained and let go of then; empty if the plan leaves that to the runtime.
         watched: the activations that are asked for or let go of.
+        forward: how many activations are made before the first is asked for.
     """
 
     graph: Graph
@@ -40,13 +43,14 @@ class PlannedStep:
     asked: tuple[int, ...]
     turns: tuple[Turn, ...]
     watched: frozenset[int]
+    forward: int
 
     @classmethod
     def of(cls, graph: Graph, plan: Plan) -> PlannedStep:
         """Lay a plan out along the stream of its graph."""
-        stream = [value for op in graph.ops for value in op.outputs if graph.values[value].evictable]
+        stream = _evictable(graph)
         names = stream_of(graph)
-        if plan.forecast is None:
+        if plan.graph is None:
             names = tuple((name, 0) for name, _ in names)
         prefixes = [0]
         for name in names:
@@ -61,7 +65,9 @@ class PlannedStep:
                 turns.append(Turn(retained, tuple(position[value] for value in turn.dropped)))
         watched = frozenset(asked).union(*(turn.dropped for turn in turns))
         keeps = tuple(plan.keeps(value) for value in stream)
-        return cls(graph, plan, names, keeps, tuple(prefixes), tuple(asked), tuple(turns), watched)
+        first = next((demand.before for demand in graph.demands if demand.value in position), 0)
+        forward = sum((graph.values[value].made_by or 0) < first for value in stream)
+        return cls(graph, plan, names, keeps, tuple(prefixes), tuple(asked), tuple(turns), watched, forward)
 
 
 class Follower:
@@ -69,10 +75,12 @@ class Follower:
 
     A stream that departs from its plan is looked up among the other plans that began alike. If there is none, what
     autograd saves from there on is held as plain PyTorch would, and goes when there is no room: slower, never wrong.
+    With `refuses`, it raises instead if that happens in the forward pass.
     """
 
-    def __init__(self, planned: Sequence[PlannedStep]) -> None:
+    def __init__(self, planned: Sequence[PlannedStep], refuses: bool = False) -> None:
         self.departed = not planned
+        self._refuses = refuses
         self.on_departure: Callable[[], None] | None = None
         self._planned = planned
         self.step = planned[0] if planned else None
@@ -86,9 +94,16 @@ class Follower:
         if step is None:
             return False
         position = self._position
+        before = step
         if position >= len(step.names) or not _same(step, position, name, activation.nbytes):
             step = self.step = self._other(position, name, activation.nbytes)
             if step is None:
+                if self._refuses and not self._demand:
+                    raise _refusal(
+                        before,
+                        position,
+                        f"{name} made {format_bytes(activation.nbytes)} in {activation.call.describe()}",
+                    )
                 self._depart()
                 return False
         self._position = position + 1
@@ -104,6 +119,8 @@ class Follower:
         reference = self._activations.get(activation.position)
         if reference is None or reference() is not activation:
             return None  # it belongs to another step
+        if self._refuses and not self._demand and self._position < step.forward:
+            raise _refusal(step, self._position, "the backward pass began")
         try:
             demand = step.asked.index(activation.position, self._demand, self._demand + _MOST_SKIPPED)
         except ValueError:
@@ -136,6 +153,23 @@ class Follower:
         return None
 
 
+def _refusal(step: PlannedStep, position: int, came: str) -> PlanMismatch:
+    """What is said of a step that is not the one that a plan was made for."""
+    expected = "no more of them"
+    if position < len(step.names):
+        op = step.graph.ops[step.graph.values[_evictable(step.graph)[position]].made_by or 0]
+        name, nbytes = step.names[position]
+        where = step.graph.calls[op.call].path
+        expected = (
+            f"{name} to make {format_bytes(nbytes)} in {f'module {where!r}' if where else 'the outermost module'}"
+        )
+    return PlanMismatch(
+        f"refusing a plan for another graph: at activation {position} the plan expects {expected}, but {came}. A plan "
+        "holds for one model, one shape of inputs and one mode (train or eval, autocast, dtype). Plan this "
+        "step with rekindle.Session(memory_budget=...) and save its session.plan."
+    )
+
+
 def _same(step: PlannedStep, position: int, name: str, nbytes: int) -> bool:
     known, size = step.names[position]
     return known == name and (size == nbytes or not size)
@@ -143,12 +177,13 @@ def _same(step: PlannedStep, position: int, name: str, nbytes: int) -> bool:
 
 def stream_of(graph: Graph) -> Stream:
     """The stream of a recorded step."""
-    return tuple(
-        (op.name, graph.values[value].nbytes)
-        for op in graph.ops
-        for value in op.outputs
-        if graph.values[value].evictable
-    )
+    values, ops = graph.values, graph.ops
+    return tuple((ops[values[value].made_by or 0].name, values[value].nbytes) for value in _evictable(graph))
+
+
+def _evictable(graph: Graph) -> list[int]:
+    """What it consists of, by the numbers of the values."""
+    return [value for op in graph.ops for value in op.outputs if graph.values[value].evictable]
 
 
 class PlanCache:
@@ -167,6 +202,6 @@ class PlanCache:
         """The plan of a stream, if there is one."""
         return next((step for step in self.planned if step.names == names), None)
 
-    def follow(self) -> Follower:
-        """A follower for the step that begins now."""
-        return Follower(tuple(self.planned))
+    def follow(self, refuses: bool = False) -> Follower:
+        """A follower for the step that begins now; with `refuses`, one that takes no other forward pass."""
+        return Follower(tuple(self.planned), refuses)

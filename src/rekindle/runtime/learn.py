@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rekindle._errors import BudgetInfeasible
-from rekindle.graph import Graph
+from rekindle.graph import Graph, Plan
 from rekindle.policy import PolicyLike, decider_of, least_recompute, make_plan
 from rekindle.runtime.follow import Follower, PlanCache, stream_of
 
@@ -16,25 +16,29 @@ _MOST_RECORDED = 4  # steps of one stream that are recorded
 class Learner:
     """The plans of a session, and whether the next step is to be recorded for one.
 
+    A plan that the user gives is obeyed as it is: nothing is recorded, and a step that is not the planned one refused.
     With a budget, a stream is recorded twice at least: the first step warms up caches and libraries, and ops look
     slower than they are.
     """
 
-    def __init__(self, policy: PolicyLike | None, budget: int | None) -> None:
-        self.records = True
+    def __init__(self, policy: PolicyLike | None, budget: int | None, plan: Plan | None = None) -> None:
+        self.records = plan is None
         self.plans = PlanCache()
         self._policy = policy
         self._budget = budget
+        self._given = plan
+        if plan is not None and plan.graph is not None:
+            self.plans.add(plan.graph, plan)
         self._on_the_go = policy is not None and decider_of(policy) is not None
         self._recorded: dict[int, int] = {}
 
     def follow(self) -> Follower | None:
         """A follower for the step that begins now; None if nothing is planned."""
-        if self._on_the_go or (self._policy is None and self._budget is None):
+        if self._on_the_go or (self._policy is None and self._budget is None and self._given is None):
             return None
         if self._policy is None and not self.plans.planned:
             return None
-        return self.plans.follow()
+        return self.plans.follow(refuses=self._given is not None)
 
     def learn(self, graph: Graph, peak: int) -> None:
         """Plan for the step that has just been recorded. `peak` is the most bytes that were live in it."""
@@ -47,7 +51,7 @@ class Learner:
 
     def ended(self, follower: Follower | None) -> None:
         """Note how a step went that followed plans."""
-        if follower is not None and follower.departed:
+        if follower is not None and follower.departed and self._given is None:
             self.records = True
 
     def _fit(self, graph: Graph, peak: int, budget: int) -> bool:

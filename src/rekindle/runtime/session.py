@@ -13,7 +13,7 @@ import torch
 
 from rekindle._bytes import Amount, format_bytes, parse_bytes
 from rekindle._errors import SessionError, UnknownTensor, UnsupportedContext
-from rekindle.graph import Graph, Plan
+from rekindle.graph import Graph, Plan, verify_plan
 from rekindle.policy import Decider, KeepAll, PerModule, PolicyLike, check_policy, decider_of
 from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Ledger
@@ -51,6 +51,7 @@ class Session:
         *,
         memory_budget: Amount | None = None,
         headroom: int | str | None = None,
+        plan: Plan | None = None,
         inplace: Literal["strict", "snapshot"] = "strict",
         verify: bool = False,
         pressure: Pressure | None = None,
@@ -65,6 +66,8 @@ class Session:
                 each op by evicting what can be recomputed. A float in (0, 1] is a share of the device's memory, "auto"
                 what is free now; `print(session)` says what was understood.
             headroom: bytes of the budget to keep back, such as "500MB". "auto" keeps a twentieth back by itself.
+            plan: one made for a budget earlier, such as `Plan.load(path)`, obeyed from the first step on, within that
+                budget. A forward pass that is not the one it was made for is refused.
             inplace: with "strict", an in-place write over what autograd saved is an error in the backward pass, as in
                 plain PyTorch; with "snapshot", what was saved survives the write.
             verify: compare each recomputed activation with a checksum of what it was. Slow.
@@ -75,12 +78,15 @@ class Session:
         Raises:
             PolicyError: `policy` is not a policy.
             BytesError: `memory_budget` or `headroom` is not an amount of memory, or nothing is left.
-            SessionError: `inplace` is something else.
+            SessionError: `inplace` is something else, or `plan` has no graph or is not alone.
         """
         if policy is not None:
             check_policy(policy)
         if inplace not in ("strict", "snapshot"):
             raise SessionError(f'inplace is {inplace!r}. Write inplace="strict" or inplace="snapshot".')
+        if plan is not None:
+            _check_plan(plan, policy, memory_budget if memory_budget is not None else headroom)
+            memory_budget = plan.forecast.budget if plan.forecast is not None else None
         self.policy = policy
         self.budget = None if memory_budget is None else read_budget(memory_budget, headroom)
         self.memory_budget = None if self.budget is None else self.budget.nbytes
@@ -89,8 +95,8 @@ class Session:
         self._entry_nbytes = 0
         self._thread: int | None = None
         self._stack: ExitStack | None = None
-        self._learner = Learner(policy, self.memory_budget)
-        self._graph: Graph | None = None
+        self._learner = Learner(policy, self.memory_budget, plan)
+        self._graph: Graph | None = plan.graph if plan is not None else None
         self._marks = False
         self._may_rest = memory_budget is None and pressure is None and inplace == "strict" and not verify
         me = weakref.ref(self)
@@ -357,3 +363,18 @@ class Session:
     def __str__(self) -> str:
         budget = "" if self.budget is None else f"\nbudget {self.budget}"
         return f"{self!r}{budget}\n{self.stats}"
+
+
+def _check_plan(plan: object, policy: object, memory_budget: object) -> None:
+    """See that a plan can be obeyed, and nothing else is asked for."""
+    if not isinstance(plan, Plan):
+        raise SessionError(f"plan is {plan!r}. Write plan=rekindle.Plan.load(path).")
+    if policy is not None or memory_budget is not None:
+        other = "policy" if policy is not None else "memory_budget"
+        raise SessionError(f"plan and {other} are both given, but a plan says all. Give one of them.")
+    if plan.graph is None:
+        raise SessionError(
+            "the plan has no graph to compare the step with. Give one that was made for a budget, or loaded from a "
+            "file."
+        )
+    verify_plan(plan.graph, plan)

@@ -1,0 +1,179 @@
+"""Plans as files: what is saved comes back, and nothing else is taken for a plan."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paper import chain_step, steps, unhurried
+from rekindle import GraphError, Plan, save_graph
+from rekindle.graph import Forecast, Graph, Turn, plan
+from rekindle.policy import Planner
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+def planned(graph: Graph | None = None) -> Plan:
+    """A plan halfway between the floor and all that the step needs."""
+    planner = Planner(graph or chain_step(8, [8, 1, 9, 2] * 2))
+    return planner.plan((planner.floor() + planner.full) // 2)
+
+
+@unhurried
+@given(steps())
+def test_round_trip(tmp_path_factory: pytest.TempPathFactory, graph: Graph) -> None:
+    """A plan comes back equal, with its turns, its promise and its graph, and is written the same way again."""
+    path = tmp_path_factory.getbasetemp() / "plan.json"
+    kept = frozenset(value.number for value in graph.evictable[::2])
+    turns = tuple(Turn(kept, tuple(sorted(kept))) for _ in graph.demands)
+    written = Plan(kept, turns, Forecast(9, 8, 0.1, 0.05), graph)
+    written.save(path)
+    read = Plan.load(str(path))
+    assert (read, read.graph) == (written, graph)
+    text = path.read_text()
+    read.save(path)
+    assert path.read_text() == text
+
+
+def test_a_planned_step_goes_through_a_file(tmp_path: Path) -> None:
+    """The planner's own plans can be saved, and the file is all that is left in its folder."""
+    written = planned()
+    path = tmp_path / "plan.json"
+    written.save(path)
+    read = Plan.load(path)
+    assert read == written
+    assert read.graph == written.graph is not None
+    assert any(turn.dropped for turn in read.turns)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_plans_compare_without_their_graphs() -> None:
+    """Two plans that decide alike are equal, hash alike and print no graph in their repr."""
+    written = planned()
+    bare = replace(written, graph=None)
+    assert bare == written
+    assert hash(bare) == hash(written)
+    assert "Graph(" not in repr(written)
+
+
+def test_a_plan_without_a_graph_is_not_saved(tmp_path: Path) -> None:
+    """A policy's plan says what to do to be saved; no file appears."""
+    with pytest.raises(GraphError, match="no graph to be saved with"):
+        Plan(frozenset({1})).save(tmp_path / "plan.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_illegal_plan_is_not_saved(tmp_path: Path) -> None:
+    """A plan that its own graph refuses leaves the older file whole."""
+    path = tmp_path / "plan.json"
+    planned().save(path)
+    with pytest.raises(GraphError, match="keeps value 99"):
+        replace(planned(), kept=frozenset({99})).save(path)
+    assert Plan.load(path) == planned()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda data: data.update(format="rekindle.graph"), "holds no plan"),
+        (lambda data: data.pop("format"), "holds no plan"),
+        (lambda data: data.update(version=0), "version 0, but this Rekindle reads 1"),
+        (lambda data: data.pop("version"), "version None"),
+        (lambda data: data["graph"].update(version=1), "version 1, but this Rekindle reads 2"),
+        (lambda data: data.pop("graph"), "holds no graph"),
+        (lambda data: data.pop("turns"), "turns are no list"),
+        (lambda data: data["turns"].pop(), "7 turns, but the graph has 8 demands"),
+        (lambda data: data["turns"][0].update(retained=[1.0]), "retained of Turn"),
+        (lambda data: data["turns"][0].update(retained=[99]), "turn 0 of the plan retains value 99"),
+        (lambda data: data["turns"][1].update(dropped=[12]), "turn 1 of the plan drops value 12, which is not its"),
+        (lambda data: data["turns"][1].update(dropped=[True]), "dropped of Turn"),
+        (lambda data: data["turns"][1].update(color="red"), "'color'"),
+        (lambda data: data.update(kept=None), "retained of Turn"),
+        (lambda data: data.update(kept=["1"]), "retained of Turn"),
+        (lambda data: data.update(kept=[-1]), "the plan keeps value -1"),
+        (lambda data: data.update(forecast=[1]), "its forecast is [1]"),
+        (lambda data: data["forecast"].pop("peak"), "'peak'"),
+        (lambda data: data["forecast"].update(peak=-1), "-1 bytes"),
+        (lambda data: data["forecast"].update(seconds=float("nan")), "nan seconds"),
+        (lambda data: data["forecast"].update(bound=-1.0), "-1.0 seconds"),
+    ],
+)
+def test_damage_is_named(edit: Edit, message: str, tmp_path: Path) -> None:
+    """A file that is whole but says what no plan says, or that another version wrote, is refused with a word on it."""
+    path = tmp_path / "plan.json"
+    planned().save(path)
+    data = json.loads(path.read_text())
+    edit(data)
+    data.pop("digest")
+    path.write_text(json.dumps({**data, "digest": plan._digest(data)}))
+    with pytest.raises(GraphError, match=re.escape(message)):
+        Plan.load(path)
+
+
+def test_what_was_changed_is_refused(tmp_path: Path) -> None:
+    """A legal plan that is not the one that was written is refused: its promise would not hold."""
+    path = tmp_path / "plan.json"
+    planned().save(path)
+    data = json.loads(path.read_text())
+    data["kept"] = data["kept"][1:]
+    path.write_text(json.dumps(data))
+    with pytest.raises(GraphError, match="changed since it was written"):
+        Plan.load(path)
+
+
+@unhurried
+@given(st.data())
+def test_a_cut_off_or_flipped_file_is_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """No beginning of a file, and none with another character anywhere, is taken for another plan."""
+    path = tmp_path_factory.getbasetemp() / "damaged.json"
+    written = planned()
+    written.save(path)
+    text = path.read_text().rstrip()
+    place = data.draw(st.integers(0, len(text) - 1))
+    path.write_text(text[:place] + data.draw(st.sampled_from(["", "0" + text[place + 1 :], "x" + text[place + 1 :]])))
+    try:
+        read = Plan.load(path)
+    except GraphError:
+        return
+    assert (read, read.graph) == (written, written.graph)  # the character was the same
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"\x80\x02\xff", b"{}", b"9" * 10_000, b"[" * 100_000])
+def test_foreign_files_are_refused(content: bytes, tmp_path: Path) -> None:
+    """What is no plan at all raises GraphError and nothing else."""
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(GraphError):
+        Plan.load(path)
+
+
+def test_a_graph_is_no_plan(tmp_path: Path) -> None:
+    """The file of a graph is told apart from that of a plan."""
+    path = tmp_path / "graph.json"
+    save_graph(chain_step(3), path)
+    with pytest.raises(GraphError, match="holds no plan"):
+        Plan.load(path)
+
+
+def test_a_failing_write_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a plan cannot be written, the one that was there before can still be read, and nothing is left beside it."""
+    path = tmp_path / "plan.json"
+    planned().save(path)
+
+    def fails(source: object, target: object) -> None:
+        raise PermissionError("not permitted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rekindle.graph.serialize.os.replace", fails)
+        with pytest.raises(PermissionError):
+            planned(chain_step(9, [8, 1, 9] * 3)).save(path)
+    assert Plan.load(path) == planned()
+    assert list(tmp_path.iterdir()) == [path]
