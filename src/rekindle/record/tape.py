@@ -64,6 +64,7 @@ class Tape:
         self._tensors: dict[int, weakref.ref[torch.Tensor]] = {}
         self._left: set[int] = set()
         self._states = self._standing = 0
+        self._before = ledger.live_nbytes  # of earlier steps: gradients, mostly
         self._values: list[_Draft] = []
         self._base = next(_bases) << 32
         self._ops: list[Op] = []
@@ -205,7 +206,7 @@ class Tape:
         """Write one op down. `seconds` is what it took, on the clock of the host, and `temporaries` the bytes that its
         kernel allocated for itself."""
         self._settle()
-        self._standing = max(self._standing, self._ledger.leaf_nbytes)
+        self._standing = max(self._standing, self._before + self._ledger.leaf_nbytes)
         number = len(self._ops)
         for value in outputs:
             self._values[value].made_by = number

@@ -16,6 +16,7 @@ Stream: TypeAlias = tuple[tuple[str, int], ...]
 """The evictable activations of a step in the order made: the op that made each, and its bytes."""
 
 _MOST_PLANS = 16
+_SMALL = 1 << 15  # bytes; what is kept back of a budget has room for them
 _MOST_SKIPPED = 64  # demands in a row that may be missing
 
 
@@ -111,6 +112,14 @@ class Follower:
         self._activations[position] = weakref.ref(activation)
         return step.keeps[position]
 
+    def check(self, standing: int) -> None:
+        """Depart if nothing is made yet and more bytes stand than a plan has room for."""
+        if self._position or self.step is None or self.departed or _has_room(self.step, standing):
+            return
+        self.step = next((step for step in self._planned if _has_room(step, standing)), None)
+        if self.step is None:
+            self._depart()
+
     def asked(self, activation: Activation) -> Turn | None:
         """What the plan says now that autograd asks for an activation; None if it says nothing."""
         step = self.step
@@ -151,6 +160,14 @@ class Follower:
             if position < len(step.names) and step.prefixes[position] == prefix and _same(step, position, name, nbytes):
                 return step
         return None
+
+
+def _has_room(step: PlannedStep, standing: int) -> bool:
+    forecast = step.plan.forecast
+    if forecast is None:
+        return True
+    more = standing - step.graph.standing
+    return more <= _SMALL or forecast.peak + more <= forecast.budget
 
 
 def _refusal(step: PlannedStep, position: int, came: str) -> PlanMismatch:

@@ -55,7 +55,7 @@ class Room:
         self._evictor = evictor
         self._pressure = pressure
         self._stated = budget
-        self._budget = None if budget is None else budget - min(_UNSEEN, budget // _SLACK)
+        self._budget = None if budget is None else usable(budget)
         self._stats = stats
         self._sizes = Sizes()
 
@@ -183,6 +183,11 @@ class Room:
             except torch.OutOfMemoryError:
                 continue
         raise error
+
+
+def usable(budget: int) -> int:
+    """What is left of a budget for what is seen."""
+    return budget - min(_UNSEEN, budget // _SLACK)
 
 
 def _budget_for(nbytes: int) -> str:

@@ -28,7 +28,7 @@ from rekindle.runtime.hooks import SavedTensors
 from rekindle.runtime.learn import Learner
 from rekindle.runtime.pressure import Level, Pressure, default_reader, read_budget
 from rekindle.runtime.replay import Replayer
-from rekindle.runtime.room import Room
+from rekindle.runtime.room import Room, usable
 from rekindle.runtime.snapshots import Snapshots
 from rekindle.runtime.stats import Stats
 
@@ -95,7 +95,7 @@ class Session:
         self._entry_nbytes = 0
         self._thread: int | None = None
         self._stack: ExitStack | None = None
-        self._learner = Learner(policy, self.memory_budget, plan)
+        self._learner = Learner(policy, None if self.memory_budget is None else usable(self.memory_budget), plan)
         self._graph: Graph | None = plan.graph if plan is not None else None
         self._marks = False
         self._may_rest = memory_budget is None and pressure is None and inplace == "strict" and not verify
@@ -158,6 +158,7 @@ class Session:
         follower = self._decisions.follower
         self._saved_tensors.follower = follower
         self._room.watches = self._watches and (self.policy is not None or follower is None)
+        self._check_standing()
         with ExitStack() as stack:
             self.modules.open()
             stack.callback(self.modules.close)
@@ -255,6 +256,13 @@ class Session:
             self._ledger.track_leaf(tensor)
             if tensor.grad is not None:
                 self._ledger.track_leaf(tensor.grad)
+        self._check_standing()
+
+    def _check_standing(self) -> None:
+        """Follow no plan if there is more from before the step than when it was made: gradients, say."""
+        follower = self._decisions.follower
+        if follower is not None and self.memory_budget is not None:
+            follower.check(self._ledger.total_nbytes)
 
     def _count_eviction(self, activation: Activation, nbytes: int) -> None:
         if any(True for _ in activation.live_handles()):
