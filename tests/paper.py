@@ -86,8 +86,8 @@ def chain_step(length: int, nbytes: int | Sequence[int] = 8, seconds: float | Se
 
 def backwarded(*forward: tuple[Sequence[int], int, float, Sequence[int]], standing: int = 0) -> Graph:
     """A step whose forward ops each read values, make one of some bytes in some seconds, and save values for the
-    backward pass; op k makes value k. User code lets go of a value when the last op has read it; one gradient, as large as the
-    value, goes back through the ops."""
+    backward pass; op k makes value k. User code lets go of a value when the last op has read it; one gradient, as
+    large as the value, goes back through the ops."""
     count = len(forward)
     end = 2 * count
     last = [
