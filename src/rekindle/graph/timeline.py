@@ -56,6 +56,8 @@ class Simulator:
         self.made_by = [value.made_by for value in graph.values]
         self.evictable = [value.evictable for value in graph.values]
         self.sources = [[v for v in op.inputs if graph.values[v].evictable] for op in graph.ops]
+        self.outputs = [op.outputs for op in graph.ops]
+        self.temporaries = [op.temporaries for op in graph.ops]
         self.asked: list[list[int]] = [[] for _ in range(len(graph.ops) + 1)]
         self.dropped: list[list[int]] = [[] for _ in range(len(graph.ops) + 1)]
         self.overwrites = [value.overwrites for value in graph.values]
@@ -82,16 +84,16 @@ class Simulator:
         for number in range(len(self.graph.ops) + 1):
             step.begin(number)
             for position in self.asked[number]:
-                value = self.graph.demands[position].value
-                if not self.evictable[value]:
+                demand = self.graph.demands[position]
+                if not self.evictable[demand.value]:
                     continue
-                ops = [] if step.holders[value] else self.missing(value, step.holders)
+                ops = [] if step.holders[demand.value] else self.missing(demand.value, step.holders)
                 decided = turn(position, ops)
                 if ops:
                     replays[position] = tuple(ops)
-                    step.replay(value, ops, decided.retained)
-                if self.graph.demands[position].until > number:
-                    step.hand_over(value, self.graph.demands[position].until)
+                    step.replay(demand.value, ops, decided.retained)
+                if demand.until > number:
+                    step.hand_over(demand.value, demand.until)
                 for other in decided.dropped:
                     step.let_go(other, _OURS)
             if number < len(self.graph.ops):
@@ -168,12 +170,18 @@ class _Step:
 
     def begin(self, number: int) -> None:
         """What goes before an op and its demands."""
+        holders, nbytes = self.holders, self._nbytes
         for value in self._simulator.dropped[number]:
-            self.let_go(value, _USER)
-        for hands in self._handed.pop(number, ()):
-            hands.count -= 1
-            if hands.orphan and not hands.count:
-                self.live -= self._nbytes[hands.value]
+            if holders[value] == _USER and value not in self._hands:  # as most often
+                holders[value] = 0
+                self.live -= nbytes[value]
+            else:
+                self.let_go(value, _USER)
+        if number in self._handed:
+            for hands in self._handed.pop(number):
+                hands.count -= 1
+                if hands.orphan and not hands.count:
+                    self.live -= nbytes[hands.value]
         self.peak = self.live
 
     def let_go(self, value: int, who: int) -> None:
@@ -197,16 +205,19 @@ class _Step:
 
     def run(self, number: int) -> None:
         """An op of the step itself."""
-        op = self._simulator.graph.ops[number]
-        for value in op.outputs:
-            old = self._simulator.overwrites[value]
-            if old is not None and self.holders[old]:
-                self.live -= self._nbytes[old]
-                self.holders[old] = 0
+        simulator, holders = self._simulator, self.holders
+        live = self.live
+        for value in simulator.outputs[number]:
+            old = simulator.overwrites[value]
+            if old is not None and holders[old]:
+                live -= self._nbytes[old]
+                holders[old] = 0
                 self._hands.pop(old, None)
-            self.live += self._nbytes[value]
-            self.holders[value] = _USER + _OURS if self._keeps[value] else _USER
-        self.peak = max(self.peak, self.live + op.temporaries)
+            live += self._nbytes[value]
+            holders[value] = _USER + _OURS if self._keeps[value] else _USER
+        self.live = live
+        if live + simulator.temporaries[number] > self.peak:
+            self.peak = live + simulator.temporaries[number]
 
     def replay(self, target: int, ops: list[int], retained: frozenset[int]) -> None:
         """Ops are repeated for a value."""

@@ -12,6 +12,7 @@ Known gaps: one schedule has one price for all layers, or two. The bound looks a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -149,6 +150,8 @@ class Planner:
 
     def _search(self, frame: Frame, budget: int, best: _Candidate | None) -> _Candidate | None:
         """The best plan in a frame, if it is better than `best`."""
+        if best is not None and self._bound_in(frame, budget) >= best.timeline.seconds:
+            return best
         corners = self._corners_of(frame)
         above: Corner | None = None
         for corner in reversed(corners):
@@ -234,6 +237,15 @@ class Planner:
         room = budget - self._bare[number]
         room -= sum(values[v].nbytes for v in running if not self._is_held(v, number))
         return Cuts(self.graph, sorted(later & made), free, self._barred & made).bound(room)
+
+    def _bound_in(self, frame: Frame, budget: int) -> float:
+        """Seconds that every plan repeats that keeps what crosses the cuts of a frame."""
+        held = self._held(frame)
+        room = budget - self._bare[self._high] - sum(self._weights[value] for value in held)
+        if room < 0:
+            return math.inf
+        free = held | {value for value in self._wanted if not self._weights[value]}
+        return Cuts(self.graph, self._wanted, free, self._barred - free).bound(room)
 
     def _is_held(self, value: int, number: int) -> bool:
         """Whether user code holds a value while an op runs."""
