@@ -1,4 +1,4 @@
-"""Networks of our own that no test dependency has: ResNet written in place, U-Net, LSTM."""
+"""Networks of our own that no test dependency has: ResNet written in place, U-Net, LSTMs, DenseNet, a long chain."""
 
 from __future__ import annotations
 
@@ -117,3 +117,74 @@ class LSTM(nn.Module):
         """The mean cross-entropy of `targets`."""
         hidden, _ = self.lstm(self.tokens(tokens))
         return F.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten())
+
+
+class DenseLayer(nn.Module):
+    """A convolution that reads what all layers before it made, side by side."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(inputs)
+        self.conv = nn.Conv2d(inputs, growth, 3, padding=1, bias=False)
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """New features from all of the old ones."""
+        return self.conv(F.relu(self.norm(torch.cat(features, 1))))
+
+
+class DenseNet(nn.Module):
+    """Each layer concatenates all before it, so that what is saved grows with the square of the depth."""
+
+    def __init__(self, layers: int = 12, growth: int = 8, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 2 * growth, 3, padding=1, bias=False)
+        self.layers = nn.ModuleList(DenseLayer((2 + index) * growth, growth) for index in range(layers))
+        self.head = nn.Linear((2 + layers) * growth, classes)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy of `labels`."""
+        features = [self.stem(images)]
+        for layer in self.layers:
+            features.append(layer(*features))
+        return F.cross_entropy(self.head(torch.cat(features, 1).mean((2, 3))), labels)
+
+
+class UnrolledLSTM(nn.Module):
+    """A cell that is called once for each step of the sequence, in Python."""
+
+    def __init__(self, vocabulary: int = 64, width: int = 64) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.cell = nn.LSTMCell(width, width)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy of the last target."""
+        hidden = cell = self.tokens(tokens[:, 0]) * 0
+        for embedded in self.tokens(tokens).unbind(1):
+            hidden, cell = self.cell(embedded, (hidden, cell))
+        return F.cross_entropy(self.head(hidden), targets[:, -1])
+
+
+class Link(nn.Module):
+    """One small layer of a chain."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A linear layer and a bounded non-linearity."""
+        return torch.tanh(self.linear(x))
+
+
+class Chain(nn.Module):
+    """Many small layers, one after another."""
+
+    def __init__(self, length: int = 500, width: int = 32) -> None:
+        super().__init__()
+        self.links = nn.Sequential(*(Link(width) for _ in range(length)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean square of what comes out."""
+        return self.links(x).square().mean()
