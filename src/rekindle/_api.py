@@ -18,7 +18,7 @@ from rekindle.graph import Graph, Plan
 from rekindle.policy import Planner, PolicyLike, least_recompute
 from rekindle.record.cost import DEVICES
 from rekindle.record.fakes import Cost
-from rekindle.record.torch_private import calls_running
+from rekindle.record.torch_private import calls_running, never_compile
 from rekindle.runtime.pressure import Budget, read_budget
 from rekindle.runtime.rehearse import Loss, rehearse
 from rekindle.runtime.session import Session
@@ -213,7 +213,7 @@ def _forget(session: Session) -> None:
 
 
 def _enter(module: torch.nn.Module, args: Any) -> None:
-    applied = _applied.get(module)
+    applied = None if torch.compiler.is_compiling() else _applied.get(module)
     if applied is None:
         return
     thread = threading.get_ident()
@@ -228,7 +228,7 @@ def _enter(module: torch.nn.Module, args: Any) -> None:
 
 
 def _leave(module: torch.nn.Module, args: Any, output: Any) -> None:
-    applied = _applied.get(module)
+    applied = None if torch.compiler.is_compiling() else _applied.get(module)
     if applied is None or not applied.depth or applied.thread != threading.get_ident():
         return
     applied.depth -= 1
@@ -240,3 +240,7 @@ def _leave(module: torch.nn.Module, args: Any, output: Any) -> None:
             if error is None:
                 raise
             error.add_note(f"{type(better).__name__}: {better}")  # PyTorch raises the error of forward, not of hooks
+
+
+never_compile(_enter)
+never_compile(_leave)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import rekindle
 from helpers import Layer, same_bits, small_batch, small_model
+from rekindle.record.aliasing import Tracked
+from rekindle.record.tape import Tape
 from rekindle.runtime import replay
 from watch import living, living_tensors, modes
 
@@ -234,7 +236,13 @@ def test_thousand_steps(policy):
         optimizer.step()
         if number in (10, 1000):
             ledger, retained, taken = session._ledger, session._replayer._retained, session.snapshots._taken
-            numbers = len(ledger.storages), ledger.live_nbytes, len(retained), len(taken), len(session._plans.planned)
+            numbers = (
+                len(ledger.storages),
+                ledger.live_nbytes,
+                len(retained),
+                len(taken),
+                len(session._learner.plans.planned),
+            )
             counts.append((numbers, living(), living_tensors(), modes()))
     objects = len(gc.get_objects())
     for _ in range(100):
@@ -256,7 +264,7 @@ def test_plans_are_bounded():
                 for _ in range(length):
                     y = y.sin()
                 y.sum().backward()
-    assert len(session._plans.planned) <= 16
+    assert len(session._learner.plans.planned) <= 16
 
 
 CHAIN = 10_000
@@ -346,3 +354,23 @@ def test_models_are_not_kept():
     del model
     assert gone() is None
     assert not session._ledger.storages
+
+
+def test_garbage_collected_while_recording(monkeypatch):
+    """Tensors in cycles, which the collector frees in the middle of what Rekindle is doing, disturb no step."""
+    model, session = small_model(1), rekindle.Session(rekindle.KeepNone())
+    plain_value = Tape.plain_value
+
+    def collecting(tape: Tape, tracked: Tracked) -> int:
+        gc.collect(0)
+        return plain_value(tape, tracked)
+
+    def litter(grad: Tensor) -> None:
+        cycle: list[object] = [grad + 1]
+        cycle.append(cycle)
+
+    plain = train_step(model)
+    monkeypatch.setattr(Tape, "plain_value", collecting)
+    for parameter in model.parameters():
+        parameter.register_hook(litter)
+    assert all(map(same_bits, plain, train_step(model, session)))

@@ -33,6 +33,7 @@ from rekindle.record.torch_private import (
     in_func_transform,
     never_compile,
     no_modes,
+    put_back,
     when_backward_ends,
     without_dispatch_modes,
 )
@@ -268,6 +269,29 @@ def test_handlers_need_not_be_wrapped():
     assert not hasattr(Declines.__torch_dispatch__, "__wrapped__")
     assert hasattr(Accepts.__torch_dispatch__, "__wrapped__")
     assert not hasattr(Recorder.__torch_dispatch__, "__wrapped__")
+
+
+def test_hooks_come_back_under_their_keys():
+    """A global module hook that was removed can be put back under the key it had, with its flag and in the last place,
+    and be removed again."""
+    module_hooks = torch.nn.modules.module
+    flags, hooks = module_hooks._global_forward_hooks_always_called, module_hooks._global_forward_hooks
+    calls: list[str] = []
+    handle = module_hooks.register_module_forward_hook(lambda *_: calls.append("first"), always_call=True)
+    key = handle.id
+    handle.remove()
+    assert key not in hooks
+    assert key not in flags
+    later = module_hooks.register_module_forward_hook(lambda *_: calls.append("later"))
+    put_back(handle, lambda *_: calls.append("again"))
+    assert flags[key] is True
+    torch.nn.Identity()(1)
+    for either in (handle, later):
+        either.remove()
+    torch.nn.Identity()(1)
+    assert calls == ["later", "again"]
+    assert not hooks
+    assert not flags
 
 
 # -- the engine --------------------------------------------------------------------------------------------------------

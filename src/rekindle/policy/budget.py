@@ -26,6 +26,8 @@ from rekindle.policy.schedule import schedule
 
 _CORNERS = 32  # prices tried in each frame
 _HOLDS = (0.7, 0.4)  # of the prices, at which what a replay makes is held
+_LITTLE = 0.25  # of the forward pass; who repeats less need not be thrifty while it replays
+_NEAR = 1.05  # times the lower bound; nor does who is as near
 _ONCE = 0.7  # of the forward pass; who repeats less needs no frames in which some ops are repeated twice
 _DEEP = 6  # frames in which more is kept than what crosses their cuts
 _HALVINGS = 8  # of the way from one price to the next
@@ -105,7 +107,7 @@ class Planner:
     def _lowest(self) -> Timeline:
         frames = [*self._frames, *self._deep_frames]
         lowest = sorted(frames, key=lambda frame: self._least(frame, None).peak)[:_DEEP]
-        return min((self._least(frame, holds) for frame in lowest for holds in self._holds_of(frame)), key=_peak)
+        return min((self._least(frame, holds) for frame in lowest for holds in self._holds_of(frame, True)), key=_peak)
 
     def bound(self, budget: int) -> float:
         """Seconds of recomputation that no plan within the budget does without."""
@@ -119,14 +121,18 @@ class Planner:
     def _find(self, budget: int) -> _Candidate | None:
         if self.full <= budget:
             return self._everything
+        forward = sum(op.seconds for op in self.graph.forward)
         best: _Candidate | None = None
-        for frame in self._frames:
-            best = self._search(frame, budget, best)
-        if best is not None and best.timeline.seconds < _ONCE * sum(op.seconds for op in self.graph.forward):
+        for thrifty, share in ((False, 0.0), (True, _LITTLE)):
+            if best is not None and best.timeline.seconds < max(share * forward, _NEAR * self.bound(budget)):
+                return best
+            for frame in self._frames:
+                best = self._search(frame, budget, best, thrifty)
+        if best is not None and best.timeline.seconds < _ONCE * forward:
             return best
         found: list[tuple[float, int]] = []
         for index, frame in enumerate(self._deep_frames):
-            candidate = self._try(frame, frozenset(), budget)
+            candidate = self._try(frame, frozenset(), budget, True)
             if candidate is not None and candidate is _better(candidate, best):
                 best = _better(candidate, best)
                 found.append((candidate.timeline.seconds, index))
@@ -141,14 +147,14 @@ class Planner:
         fits, fails = 0, len(corners)
         while fails - fits > 1:
             middle = (fits + fails) // 2
-            found = self._try(frame, corners[middle].kept, budget)
+            found = self._try(frame, corners[middle].kept, budget, True)
             if found is None:
                 fails = middle
             else:
                 fits, best = middle, _better(found, best)
         return best
 
-    def _search(self, frame: Frame, budget: int, best: _Candidate | None) -> _Candidate | None:
+    def _search(self, frame: Frame, budget: int, best: _Candidate | None, thrifty: bool) -> _Candidate | None:
         """The best plan in a frame, if it is better than `best`."""
         if best is not None and self._bound_in(frame, budget) >= best.timeline.seconds:
             return best
@@ -157,17 +163,17 @@ class Planner:
         for corner in reversed(corners):
             if best is not None and corner.seconds >= best.timeline.seconds:
                 return best
-            found = self._try(frame, corner.kept, budget)
+            found = self._try(frame, corner.kept, budget, thrifty)
             if found is None:
                 above = corner
                 continue
             best = _better(found, best)
             if above is not None and above.seconds < found.timeline.seconds:
-                best = _better(self._between(frame, corner, above, budget), best)
+                best = _better(self._between(frame, corner, above, budget, thrifty), best)
             return best
         return best
 
-    def _between(self, frame: Frame, low: Corner, high: Corner, budget: int) -> _Candidate | None:
+    def _between(self, frame: Frame, low: Corner, high: Corner, budget: int, thrifty: bool) -> _Candidate | None:
         """The best plan with the cheaper treatment `high` for what the last ops make, and `low` for the rest."""
         made_by = self.simulator.made_by
         places = sorted({made_by[value] or 0 for value in low.kept ^ high.kept}, reverse=True)
@@ -181,20 +187,21 @@ class Planner:
             kept = {v for v in low.kept if (made_by[v] or 0) < place} | {
                 v for v in high.kept if (made_by[v] or 0) >= place
             }
-            found = self._try(frame, frozenset(kept), budget)
+            found = self._try(frame, frozenset(kept), budget, thrifty)
             if found is None:
                 fails = middle
             else:
                 fits, best = middle, _better(found, best)
         return best
 
-    def _try(self, frame: Frame, kept: frozenset[int], budget: int) -> _Candidate | None:
-        """The plan that keeps `kept`, and of the ways to replay the rest the quickest that fits."""
+    def _try(self, frame: Frame, kept: frozenset[int], budget: int, thrifty: bool) -> _Candidate | None:
+        """The plan that keeps `kept`, and of the ways to replay the rest the quickest that fits. `thrifty` ones hold
+        less of what they make."""
         kept = kept | self._held(frame)
         if self._bare[self._high] + sum(self._weights[value] for value in kept) > budget:
             return None
         best: _Candidate | None = None
-        for holds in self._holds_of(frame):
+        for holds in self._holds_of(frame, thrifty):
             plan = schedule(self.simulator, self._sites, frame, kept, holds)
             timeline = self.simulator.run(plan, budget)
             if timeline is not None:
@@ -203,12 +210,12 @@ class Planner:
                     break
         return best
 
-    def _holds_of(self, frame: Frame) -> Iterator[Container[int] | None]:
+    def _holds_of(self, frame: Frame, thrifty: bool) -> Iterator[Container[int] | None]:
         """What replays may hold: all that they make, all that is asked for, or only what is worth it at some price."""
         yield self._all
         yield None
-        corners = self._corners_of(frame)
-        for part in _HOLDS:
+        corners = self._corners_of(frame) if thrifty else []
+        for part in _HOLDS if thrifty else ():
             yield corners[int(part * (len(corners) - 1))].kept
 
     def _least(self, frame: Frame, holds: Container[int] | None) -> Timeline:

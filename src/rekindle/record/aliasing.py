@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rekindle.record.torch_private import never_compile
+
 if TYPE_CHECKING:
     from rekindle.record.activation import Activation
 
@@ -246,3 +248,6 @@ class Ledger:
         tracked.own(None)
         if activation.handles and not tracked.recomputed:
             self._on_death(activation, tracked.nbytes)
+
+
+never_compile(Ledger._died)

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from rekindle.record.torch_private import never_compile, put_back
 
 
 class ModuleCall:
@@ -40,6 +43,7 @@ class ModuleCall:
         return f"module {self.path!r} ({cls})" if self.path else f"the outermost module ({cls})"
 
 
+_spare: list[list[RemovableHandle]] = []  # removed, to be put back: Dynamo compiles again for every new one
 _types: dict[int, tuple[weakref.ref[type], tuple[str, ...]]] = {}  # by `id`: cheaper than a WeakKeyDictionary
 
 
@@ -63,23 +67,32 @@ class ModuleStack:
         self.outside = ModuleCall("", (), None, 0)
         self.current = self.outside
         self.roots: weakref.WeakKeyDictionary[torch.nn.Module, dict[int, str]] = weakref.WeakKeyDictionary()
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
         self._stays = False
         self._thread = 0
         self._count = 0
 
     def attach(self) -> None:
         """Have PyTorch tell of every module call, until `detach`."""
-        if not self._hooks:
+        if self._hooks:
+            return
+        try:
+            self._hooks = _spare.pop()
+        except IndexError:
             self._hooks = [
                 register_module_forward_pre_hook(self._enter),
                 register_module_forward_hook(self._leave, always_call=True),
             ]
+        else:
+            put_back(self._hooks[0], self._enter)
+            put_back(self._hooks[1], self._leave)
 
     def detach(self) -> None:
         """Undo `attach`. Not from inside a module call that failed: PyTorch walks the hooks then."""
         for hook in self._hooks:
             hook.remove()
+        if self._hooks:
+            _spare.append(self._hooks)
         self._hooks = []
 
     def open(self) -> None:
@@ -111,7 +124,7 @@ class ModuleStack:
         return self.names().get(key, "")
 
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
-        if threading.get_ident() != self._thread:
+        if torch.compiler.is_compiling() or threading.get_ident() != self._thread:
             return
         parent = self.current
         self._count += 1
@@ -125,7 +138,7 @@ class ModuleStack:
         self.current = ModuleCall(path, types_of(type(module)), parent, self._count, id(module))
 
     def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() != self._thread:
+        if torch.compiler.is_compiling() or threading.get_ident() != self._thread:
             return
         call: ModuleCall | None = self.current
         while call is not None and call.module_id != id(module):
@@ -145,3 +158,7 @@ def _address(tensor: torch.Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return 0
+
+
+never_compile(ModuleStack._enter)
+never_compile(ModuleStack._leave)

@@ -21,6 +21,7 @@ from rekindle.record.torch_private import (
     conjugating,
     current_graph_task,
     current_node,
+    in_compiled_code,
     never_compile,
     when_backward_ends,
 )
@@ -122,6 +123,8 @@ class Recorder(TorchDispatchMode):
             if traits.writes or traits.stats is not None or self.tape is not None:
                 return self._pass(func, traits, args, kwargs, backward)
             return self._count(self._run(func, traits, args, kwargs, self.modules.current, None))
+        if in_compiled_code():
+            return self._pass(func, traits, args, kwargs, backward)  # kernels nobody sees write over what it makes
         return self._record(func, traits, args, kwargs, grad_mode, backward)
 
     def _run(
@@ -466,12 +469,12 @@ class Recorder(TorchDispatchMode):
     ) -> weakref.ref[Activation] | None:
         try:
             storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # sparse, opaque layouts
+        except (NotImplementedError, RuntimeError):  # sparse, opaque layouts: left alone
             return None
         if storage._cdata in self._storages:
             return None
         nbytes = storage.nbytes()
-        if nbytes < self._min_nbytes and self.tape is None:
+        if (nbytes < self._min_nbytes and self.tape is None) or tensor.is_quantized:
             self.ledger.track(storage, None, nbytes)  # becomes a leaf, if anything reads it
             return None
         why = opaque or (SMALL if nbytes < self._min_nbytes else UNINITIALISED if traits.uninitialised else "")
@@ -706,3 +709,4 @@ def _default_generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.G
 
 
 never_compile(Recorder.__torch_dispatch__)
+never_compile(Recorder._backward_ended)

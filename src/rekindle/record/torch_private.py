@@ -18,6 +18,10 @@ version which breaks one fails there first.
 * Calls of modules. PyTorch runs its `always_call` hooks after an Exception, but not after a KeyboardInterrupt; only the
   stack of frames tells that such a call is over.
 * Disabled hooks. Code that cannot bear saved-tensor hooks disables them, and says why to whoever asks.
+* Compiled code. Inductor's kernels are seen by no dispatcher, and write into what the ops around them made. Only the
+  stack of frames tells that an op was called by such code.
+* Keys of hooks. Dynamo guards the keys of the global module hooks, so a hook that comes back has to come back under the
+  key it had, or each step would compile again.
 * Nodes. The engine knows which node of the graph it is running, and nodes have numbers and names. Formulas of some of
   them ask whether a dispatch mode is active, and the engine puts back after each node whatever that has changed of it.
 * Lazy conjugation. A handler runs with the kernels excluded that carry it out, though what it calls may need them.
@@ -32,6 +36,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
+from types import FrameType
 from typing import Any
 
 import torch
@@ -42,6 +47,7 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.hooks import RemovableHandle
 
 _AD_INPLACE_OR_VIEW = torch._C.DispatchKey.ADInplaceOrView
 _LAZY = (torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative)
@@ -140,6 +146,28 @@ def calls_running(module: torch.nn.Module) -> int:
         frame = frame.f_back
         count += frame.f_code is code and frame.f_locals.get("self") is module
     return count
+
+
+def in_compiled_code() -> bool:
+    """Whether code that Inductor made called the op which is dispatched now."""
+    inductor = sys.modules.get("torch._inductor.output_code")
+    if inductor is None:
+        return False
+    stop = torch.nn.Module._call_impl.__code__  # such code calls no module
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code is not stop:
+        if frame.f_code.co_filename == inductor.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def put_back(handle: RemovableHandle, hook: Callable[..., Any]) -> None:
+    """Register a hook again, under the key of one that was removed."""
+    for place, item in ((handle.hooks_dict_ref, hook), *((extra, True) for extra in handle.extra_dict_ref)):
+        hooks = place()
+        assert hooks is not None
+        hooks[handle.id] = item
 
 
 def in_func_transform() -> bool:

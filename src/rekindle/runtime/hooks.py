@@ -17,6 +17,7 @@ from rekindle.record.torch_private import (
     at_recorded_level,
     current_graph_task,
     current_node,
+    never_compile,
     step_aside,
     when_backward_ends,
     without_dispatch_modes,
@@ -214,3 +215,7 @@ def _look(base: torch.Tensor, window: Window) -> torch.Tensor:
         tensor = base.detach()
     with at_recorded_level():
         return tensor.as_strided_(size, stride, offset)
+
+
+never_compile(SavedTensors.pack)  # called while compiled code runs, too, which Dynamo would have part of
+never_compile(SavedTensors.unpack)

@@ -38,20 +38,20 @@ class Learner:
 
     def learn(self, graph: Graph, peak: int) -> None:
         """Plan for the step that has just been recorded. `peak` is the most bytes that were live in it."""
-        self.records = False
-        if self._on_the_go:
-            return
-        if self._policy is not None:
+        again = False
+        if self._policy is not None and not self._on_the_go:
             self.plans.add(graph, make_plan(self._policy, graph))
-        elif self._budget is not None and _is_whole(graph):
-            self._fit(graph, peak, self._budget)
+        elif self._budget is not None and self._policy is None and _is_whole(graph):
+            again = self._fit(graph, peak, self._budget)
+        self.records = again
 
     def ended(self, follower: Follower | None) -> None:
         """Note how a step went that followed plans."""
         if follower is not None and follower.departed:
             self.records = True
 
-    def _fit(self, graph: Graph, peak: int, budget: int) -> None:
+    def _fit(self, graph: Graph, peak: int, budget: int) -> bool:
+        """Plan for a budget. Returns whether the next step is to be recorded too."""
         stream = stream_of(graph)
         count = self._recorded[hash(stream)] = self._recorded.get(hash(stream), 0) + 1
         before = self.plans.find(stream)
@@ -60,11 +60,11 @@ class Learner:
         try:
             plan = least_recompute(graph, budget)
         except BudgetInfeasible:
-            return  # it goes on line, or not at all
+            return False  # it goes on line, or not at all
         self.plans.add(graph, plan)
         forecast = before.plan.forecast if before is not None else None
         off = forecast is not None and abs(peak - forecast.peak) > _OFF * forecast.peak
-        self.records = count < 2 or (off and count < _MOST_RECORDED)
+        return count < 2 or (off and count < _MOST_RECORDED)
 
 
 def _is_whole(graph: Graph) -> bool:

@@ -19,7 +19,7 @@ from rekindle.record.activation import Activation, Op, Ref, Scratch
 from rekindle.record.aliasing import Ledger, look
 from rekindle.record.schema import traits_of
 from rekindle.record.seams import Checksums, Room
-from rekindle.record.torch_private import at_recorded_level, conjugating, current_node
+from rekindle.record.torch_private import at_recorded_level, conjugating, current_node, never_compile
 from rekindle.runtime.stats import Stats
 
 Tensor = torch.Tensor
@@ -342,3 +342,6 @@ def _check(op: Op, activation: Activation, tensor: Tensor) -> None:
             f"{op.func} in {op.call.describe()} made {activation.nbytes} bytes in the forward pass and {nbytes} when "
             "it was repeated. Mark its result with session.mark(tensor) to keep it."
         )
+
+
+never_compile(Replayer.release_retained)

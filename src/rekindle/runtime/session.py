@@ -7,7 +7,7 @@ import warnings
 import weakref
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 
@@ -343,6 +343,12 @@ class Session:
         """The newest plan, for a budget and for policies that plan from the graph of a step."""
         planned = self._learner.plans.planned
         return planned[0].plan if planned else None
+
+    def __reduce__(self) -> NoReturn:
+        raise SessionError(
+            "a session cannot be pickled or copied: it holds hooks, and what its steps left behind. Make another with "
+            f"rekindle.Session({self.policy!r}) where it is needed."
+        )
 
     def __repr__(self) -> str:
         budget = "" if self.memory_budget is None else f", memory_budget={format_bytes(self.memory_budget)!r}"
