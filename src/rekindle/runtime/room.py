@@ -55,7 +55,7 @@ class Room:
         self._evictor = evictor
         self._pressure = pressure
         self._stated = budget
-        self._budget = None if budget is None else budget - min(_UNSEEN, budget // _SLACK)
+        self._budget = None if budget is None else budget - kept_back(budget)
         self._stats = stats
         self._sizes = Sizes()
 
@@ -183,6 +183,11 @@ class Room:
             except torch.OutOfMemoryError:
                 continue
         raise error
+
+
+def kept_back(budget: int) -> int:
+    """Bytes of a budget that are left to what is too small to be recorded."""
+    return min(_UNSEEN, budget // _SLACK)
 
 
 def _budget_for(nbytes: int) -> str:
