@@ -71,7 +71,7 @@ def outcome(model: nn.Module, batch: zoo.Batch, managed: Any) -> dict[str, Tenso
 
 @cache
 def recorded(name: str) -> tuple[Planner, dict[str, Tensor]]:
-    """A planner for a step of a model, as it is recorded in a session with room for all, and what a plain step leaves."""
+    """A planner for a step of a model, recorded in a session with room for all, and what a plain step leaves."""
     entry = ENTRIES[name]
     session = rekindle.Session(memory_budget="8GiB")
     for _ in range(2):
