@@ -84,6 +84,48 @@ def chain_step(length: int, nbytes: int | Sequence[int] = 8, seconds: float | Se
     return Graph((*forward, *backward), tuple(values), demands=tuple(demands))
 
 
+def backwarded(*forward: tuple[Sequence[int], int, float, Sequence[int]], standing: int = 0) -> Graph:
+    """A step whose forward ops each read values, make one of some bytes in some seconds, and save values for the
+    backward pass; op k makes value k. User code lets go of a value when the last op has read it; one gradient, as
+    large as the value, goes back through the ops."""
+    count = len(forward)
+    end = 2 * count
+    last = [
+        max((n for n, (reads, *_) in enumerate(forward) if value in reads), default=value) for value in range(count)
+    ]
+    ops = [Op(n, "aten.op", tuple(reads), (n,), seconds=seconds) for n, (reads, _, seconds, _) in enumerate(forward)]
+    values = [Value(n, forward[n][1], n, saved_in=(0,), dropped=min(count, last[n] + 1)) for n in range(count)]
+    demands = []
+    for k in range(count, end):
+        _, nbytes, seconds, saved = forward[end - 1 - k]
+        reads = (*saved, *((k - 1,) if k > count else ()))
+        ops.append(Op(k, "aten.op_backward", reads, (k,), seconds=2 * seconds, backward=True))
+        values.append(Value(k, nbytes, k, evictable=False, dropped=k + 2 if k + 1 < end else None))
+        demands += [Demand(value, k, k + 1) for value in saved]
+    return Graph(tuple(ops), tuple(values), demands=tuple(demands), standing=standing)
+
+
+def transformer_step(layers: int, width: int = 8) -> Graph:
+    """A step through blocks of ten ops, like those of a transformer: attention, and a wide MLP."""
+    forward: list[tuple[Sequence[int], int, float, Sequence[int]]] = [((), width, 1.0, ())]
+    for _ in range(layers):
+        x = len(forward) - 1
+        n = x + 1
+        forward += [
+            ((x,), width, 1.0, (x,)),  # norm
+            ((n,), 3 * width, 12.0, (n,)),  # projections
+            ((n + 1,), width, 6.0, (n + 1, n + 2)),  # attention saves its result too
+            ((n + 2,), width, 4.0, (n + 2,)),
+            ((x, n + 3), width, 1.0, ()),  # sum
+            ((n + 4,), width, 1.0, (n + 4,)),  # norm
+            ((n + 5,), 4 * width, 16.0, (n + 5,)),
+            ((n + 6,), 4 * width, 2.0, (n + 6,)),  # activation
+            ((n + 7,), width, 16.0, (n + 7,)),
+            ((n + 4, n + 8), width, 1.0, ()),  # sum
+        ]
+    return backwarded(*forward)
+
+
 def diamond() -> Graph:
     """Value 1 is read twice; both results meet in value 4. Value 0 is a leaf."""
     return build(((0,), (1,)), ((1,), (2,)), ((1,), (3,)), ((2, 3), (4,)))

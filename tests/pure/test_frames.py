@@ -72,8 +72,8 @@ def test_leaves() -> None:
 @pytest.mark.parametrize("most", [1, 110, 250, 600, 10**6])
 @pytest.mark.parametrize("slope", [0.0, 0.25])
 def test_leaves_are_bounded(most: int, slope: float) -> None:
-    """A chain of pairs, a large value and a small one: cut at small ones only, into leaves with no more bytes than asked
-    for, and what is gone from later leaves by then, as far as there are places to cut at."""
+    """A chain of pairs, a large value and a small one: cut at small ones only, into leaves with no more bytes than
+    asked for, and what is gone from later leaves by then, as far as there are places to cut at."""
     sizes = [100 if number % 2 == 0 else 10 for number in range(40)]
     sites = sites_of(chain_step(40, sizes))
     cuts = sites._cut(most, slope)

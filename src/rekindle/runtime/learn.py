@@ -8,6 +8,7 @@ from rekindle._errors import BudgetInfeasible
 from rekindle.graph import Graph, Plan
 from rekindle.policy import PolicyLike, decider_of, least_recompute, make_plan
 from rekindle.runtime.follow import Follower, PlanCache, stream_of
+from rekindle.runtime.room import kept_back
 
 _OFF = 0.02  # of the predicted peak; when the measured one is further away, the step is planned again
 _MOST_RECORDED = 4  # steps of one stream that are recorded
@@ -62,7 +63,7 @@ class Learner:
         if before is not None:
             graph = _quicker(before.graph, graph)
         try:
-            plan = least_recompute(graph, budget)
+            plan = least_recompute(graph, budget - kept_back(budget))
         except BudgetInfeasible:
             return False  # it goes on line, or not at all
         self.plans.add(graph, plan)
@@ -74,7 +75,7 @@ class Learner:
 def _is_whole(graph: Graph) -> bool:
     """Whether the backward pass was recorded too: it asked for most of what was saved."""
     asked = {demand.value for demand in graph.demands}
-    saved = [value for value in graph.values if value.saved_in and value.evictable]
+    saved = [value for value in graph.values if value.saved_in and value.evictable and value.overwritten is None]
     return 2 * sum(value.nbytes for value in saved if value.number in asked) > sum(value.nbytes for value in saved)
 
 

@@ -19,7 +19,13 @@ from rekindle.record.activation import Activation, Op, Ref, Scratch
 from rekindle.record.aliasing import Ledger, look
 from rekindle.record.schema import traits_of
 from rekindle.record.seams import Checksums, Room
-from rekindle.record.torch_private import at_recorded_level, conjugating, current_node, never_compile
+from rekindle.record.torch_private import (
+    at_recorded_level,
+    conjugating,
+    current_node,
+    never_compile,
+    without_dispatch_modes,
+)
 from rekindle.runtime.stats import Stats
 
 Tensor = torch.Tensor
@@ -99,7 +105,7 @@ class Replayer:
         replay = _Replay(self, graph_task, turn)
         ops = replay.missing(target)
         self._let_go()
-        with at_recorded_level():
+        with at_recorded_level(), without_dispatch_modes():  # some convolutions put the modes back
             mode = torch.is_grad_enabled()
             try:
                 for op in ops:

@@ -55,7 +55,7 @@ class Room:
         self._evictor = evictor
         self._pressure = pressure
         self._stated = budget
-        self._budget = None if budget is None else usable(budget)
+        self._budget = None if budget is None else budget - kept_back(budget)
         self._stats = stats
         self._sizes = Sizes()
 
@@ -185,9 +185,9 @@ class Room:
         raise error
 
 
-def usable(budget: int) -> int:
-    """What is left of a budget for what is seen."""
-    return budget - min(_UNSEEN, budget // _SLACK)
+def kept_back(budget: int) -> int:
+    """Bytes of a budget that are left to what is too small to be recorded."""
+    return min(_UNSEEN, budget // _SLACK)
 
 
 def _budget_for(nbytes: int) -> str:

@@ -28,7 +28,7 @@ from rekindle.runtime.hooks import SavedTensors
 from rekindle.runtime.learn import Learner
 from rekindle.runtime.pressure import Level, Pressure, default_reader, read_budget
 from rekindle.runtime.replay import Replayer
-from rekindle.runtime.room import Room, usable
+from rekindle.runtime.room import Room
 from rekindle.runtime.snapshots import Snapshots
 from rekindle.runtime.stats import Stats
 
@@ -95,7 +95,7 @@ class Session:
         self._entry_nbytes = 0
         self._thread: int | None = None
         self._stack: ExitStack | None = None
-        self._learner = Learner(policy, None if self.memory_budget is None else usable(self.memory_budget), plan)
+        self._learner = Learner(policy, self.memory_budget, plan)
         self._graph: Graph | None = plan.graph if plan is not None else None
         self._marks = False
         self._may_rest = memory_budget is None and pressure is None and inplace == "strict" and not verify

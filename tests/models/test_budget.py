@@ -1,0 +1,149 @@
+"""Planned steps of real models at ten budgets each: the budget holds by the allocator's own events, and no bit differs.
+
+The plan is made from a recorded step of the session's own, with room for all, so that each budget down to the floor is
+tried, also those that the first step could not be run with on line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import helpers
+import nets
+import peers
+import rekindle
+import zoo
+from peak import peak_bytes
+from rekindle.graph import Graph, simulate
+from rekindle.policy import Planner
+from rekindle.runtime.room import kept_back
+
+FULL = os.environ.get("REKINDLE_TESTS") == "full"
+STATE_NBYTES = torch.get_rng_state().nbytes + 64  # of a generator: kept by each random op, and below what is recorded
+
+
+def _unrolled(seed: int) -> zoo.Batch:
+    return {"tokens": zoo.tokens(seed, 8, 24, 64), "targets": zoo.tokens(seed + 1, 8, 24, 64)}
+
+
+ENTRIES = {entry.name: entry for entry in zoo.ZOO}
+ENTRIES["densenet"] = zoo.Entry("densenet", lambda: nets.DenseNet(6, 4), zoo._classified, ())
+ENTRIES["unrolled-lstm"] = zoo.Entry("unrolled-lstm", nets.UnrolledLSTM, _unrolled, ())
+IN_SHORT = ("gpt", "bert", "t5", "resnet", "unet", "densenet", "lstm")  # the others in full runs
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small kernels are faster on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def fresh(entry: zoo.Entry) -> nn.Module:
+    """The model, its gradients there already, as in all steps but the first."""
+    torch.manual_seed(0)
+    model = entry.make()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return model
+
+
+def outcome(model: nn.Module, batch: zoo.Batch, managed: Any) -> dict[str, Tensor]:
+    """All that a step leaves behind."""
+    torch.manual_seed(1)
+    with managed:
+        loss = zoo.loss_of(model, batch)
+        loss.backward()
+    left = {"loss": loss.detach(), "random": torch.get_rng_state()}
+    left |= {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return left | {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
+
+
+@cache
+def recorded(name: str) -> tuple[Planner, dict[str, Tensor]]:
+    """A planner for a step of a model, recorded in a session with room for all, and what a plain step leaves."""
+    entry = ENTRIES[name]
+    session = rekindle.Session(memory_budget="8GiB")
+    for _ in range(2):
+        outcome(fresh(entry), entry.batch(0), session)
+    assert session.graph is not None
+    return Planner(session.graph), outcome(fresh(entry), entry.batch(0), nullcontext())
+
+
+def planned(graph: Graph, plan: rekindle.Plan, budget: int) -> rekindle.Session:
+    """A session that has a plan from the beginning."""
+    session = rekindle.Session(memory_budget=budget)
+    session._learner.plans.add(graph, plan)
+    session._learner.records = False
+    return session
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in IN_SHORT else pytest.mark.skipif(not FULL, reason="REKINDLE_TESTS=full"))
+        for name in ENTRIES
+    ],
+)
+def test_ten_budgets(name: str) -> None:
+    """From the floor to the full need: measured at or below the budget, predicted within 2%, no bit differs, just the
+    predicted ops are replayed, no step departs, and no larger budget takes more seconds."""
+    entry, (planner, expected) = ENTRIES[name], recorded(name)
+    graph = planner.graph
+    random = sum(op.random for op in graph.forward) * STATE_NBYTES
+    seconds = []
+    for place in range(10):
+        plans_for = planner.floor() + (planner.full - planner.floor()) * place // 9
+        plan = planner.plan(plans_for)
+        assert plan.forecast is not None
+        budget = plans_for + max(kept_back(plans_for), random)
+        session = planned(graph, plan, budget)
+        model, batch = fresh(entry), entry.batch(0)
+        left: dict[str, Tensor] = {}
+        peak = graph.standing + peak_bytes(lambda m=model, b=batch, s=session, to=left: to.update(outcome(m, b, s)))
+        assert left.keys() == expected.keys()
+        assert [key for key in left if not helpers.same_bits(left[key], expected[key])] == []
+        assert session.last_step.departures == 0
+        assert session.last_step.ops_replayed == sum(map(len, simulate(graph, plan).replays))
+        assert session.last_step.failed_recomputes == 0
+        assert peak <= budget
+        assert plan.forecast.peak * 0.98 <= peak <= plan.forecast.peak * 1.02 + random
+        seconds.append(plan.forecast.seconds)
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[0] > seconds[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FULL, reason="REKINDLE_TESTS=full runs everything")
+@pytest.mark.parametrize("make", [peers.gpt2, peers.llama, peers.resnet], ids=["gpt2", "llama", "resnet50"])
+def test_full_model(make: Callable[[], peers.Workload]) -> None:
+    """At 30, 50 and 75% of what plain PyTorch needs beside what is there anyway, by a session that plans for itself."""
+    workload = make()
+    expected = workload.outcome(nullcontext())
+    plain = workload.peak(nullcontext())
+    for share in (0.3, 0.5, 0.75):
+        workload = make()
+        probe = rekindle.Session(memory_budget="64GiB")
+        workload.peak(probe)
+        assert probe.graph is not None
+        budget = probe.graph.standing + int(share * plain)
+        session = rekindle.Session(memory_budget=budget)
+        workload = make()
+        assert [key for key, digest in workload.outcome(session).items() if digest != expected[key]] == []
+        workload.peak(session)
+        peak = workload.peak(session) + probe.graph.standing
+        assert session.plan is not None
+        assert session.plan.forecast is not None
+        assert peak <= budget
+        assert peak == pytest.approx(session.plan.forecast.peak, rel=0.02)
+        assert session.last_step.departures == 0
