@@ -107,7 +107,12 @@ def test_replayed_convolutions_are_no_new_ops() -> None:
             loss.backward()
         return loss
 
+    recorded = rekindle.Session(memory_budget="8GiB")
+    train(make, step, recorded)
+    assert recorded.graph is not None
     session = rekindle.Session(rekindle.Balanced(0.1))
+    session._learner.plans.add(recorded.graph, rekindle.Plan(frozenset()))
+    session._learner.records = False
     assert_same(train(make, step), train(make, step, session))
     follower = session._decisions.follower
     assert follower is not None
