@@ -94,27 +94,6 @@ def test_gates_share_a_storage() -> None:
     assert session.plan is not None
 
 
-def test_replayed_convolutions_are_no_new_ops() -> None:
-    """Some kernels switch dispatch modes on again while they run; what is replayed after them is still not recorded."""
-
-    def make() -> nn.Module:
-        return nn.Sequential(*(layer for _ in range(3) for layer in (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())))
-
-    def step(model: nn.Module, number: int, managed: Managed) -> Tensor:
-        x = torch.randn(4, 8, 32, 32, generator=torch.Generator().manual_seed(number))
-        with managed:
-            loss = model(x).square().mean()
-            loss.backward()
-        return loss
-
-    session = rekindle.Session(rekindle.Balanced(0.1))
-    assert_same(train(make, step), train(make, step, session))
-    follower = session._decisions.follower
-    assert follower is not None
-    assert not follower.departed
-    assert session.last_step.ops_replayed > 0
-
-
 def test_departs() -> None:
     """A step that runs other ops goes on line from there, exact, is counted, and the plan is followed again next."""
 
