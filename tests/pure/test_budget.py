@@ -115,8 +115,8 @@ def test_every_turn_is_of_use(graph: Graph) -> None:
     [
         "transformer-1",
         "transformer-3",
-        pytest.param("chain-8", marks=pytest.mark.xfail(reason="plans are found below the floor that is told")),
-        pytest.param("random-chain-0", marks=pytest.mark.xfail(reason="plans are found below the floor that is told")),
+        "chain-8",
+        "random-chain-0",
     ],
 )
 def test_below_the_floor(name: str) -> None:
@@ -126,7 +126,7 @@ def test_below_the_floor(name: str) -> None:
     forecast = planner.plan(floor).forecast
     assert forecast is not None
     assert forecast.peak == floor
-    with pytest.raises(BudgetInfeasible, match=rf"budget is {floor - 1} B, floor {floor} B"):
+    with pytest.raises(BudgetInfeasible, match=rf"budget is {floor - 1} B, but the step needs {floor} B at least"):
         planner.plan(floor - 1)
 
 
@@ -209,7 +209,6 @@ def test_near_the_best() -> None:
     assert ratios[len(ratios) * 9 // 10 - 1] <= 1.05
 
 
-@pytest.mark.xfail(reason="a replay holds what it makes of its leaf, and one layer's bytes more than it must")
 def test_floor_of_a_chain_is_the_true_floor() -> None:
     """Below the floor that is told, no plan fits: three values, of which one may be a gradient."""
     graph = chain_step(8, 100)
@@ -217,7 +216,6 @@ def test_floor_of_a_chain_is_the_true_floor() -> None:
         exact(graph, Planner(graph).floor() - 1)
 
 
-@pytest.mark.xfail(reason="the floor does not look at what keeping everything needs")
 def test_floor_of_two_results() -> None:
     """The floor that is told is never above what a plan was found for."""
     graph = two_results()
@@ -246,12 +244,12 @@ def two_results() -> Graph:
     "length", [50, 100, *(pytest.param(n, marks=[pytest.mark.slow, only_in_full]) for n in (200, 400, 800))]
 )
 def test_long_chains(length: int) -> None:
-    """The floor is four layers' bytes, whatever the length; with twice the logarithm of the length, layers are repeated
-    so many times at most; with the square root, as of segments, less than twice."""
+    """The floor is three layers' bytes, whatever the length; with twice the logarithm of the length, layers are
+    repeated so many times at most; with the square root, as of segments, less than twice."""
     graph = chain_step(length, 100)
     planner = Planner(graph)
     assert planner.full == 100 * (length + 1)
-    assert planner.floor() == 400
+    assert planner.floor() == 300
     logarithm, root = math.ceil(math.log2(length)), math.isqrt(length)
     low, middle = (simulate(graph, planner.plan(100 * layers)) for layers in (2 * logarithm, 2 * root + 3))
     assert low.seconds <= length * logarithm / 2
@@ -319,7 +317,6 @@ def test_no_step_at_all() -> None:
     assert simulate(graph, plan) == simulate(graph, Plan(frozenset()))
 
 
-@pytest.mark.xfail(reason="the bound looks for the highest of no ops")
 def test_no_ops() -> None:
     """A graph without ops is no special case."""
     assert least_recompute(Graph((), ()), 0).kept == frozenset()

@@ -124,11 +124,10 @@ def test_binomial(leaves: int, slots: int) -> None:
     assert most <= slots
     assert len(passes) == leaves
     assert all(1 <= each <= leaf + 1 for leaf, each in zip(reversed(range(leaves)), passes, strict=True))
-    if slots < leaves - 1:
+    if slots < leaves - 2:
         assert sum(held_at_a_time(Frame(cuts, _binomial(cuts, slots + 1)))[1]) < sum(passes)
 
 
-@pytest.mark.xfail(reason="_advance counts its slots without the beginning, which is held for nothing")
 def test_binomial_repeats_no_more_than_it_must() -> None:
     """Of all ways to hold so many cuts at a time, the one that goes through the fewest leaves."""
     for leaves in range(2, 60):

@@ -6,8 +6,10 @@ Source: prices per byte (`policy.cuts`) within frames that break long recomputat
 the simulator (`graph.timeline`); between two neighbouring prices layers go from one to the other, the last ones first.
 The lower bound: whatever the schedule, what is live at one moment and what is repeated after it are a cut.
 Regime: thousands of ops take seconds. Candidates are made without looking at the budget and tried from the one that
-recomputes least on, so that a larger budget never recomputes more.
-Known gaps: one schedule has one price for all layers, or two. The bound looks at one moment at a time.
+recomputes least on, so that a larger budget recomputes no more; for tiny steps that holds by construction.
+Known gaps: one schedule has one price for all layers, or two: near the best on networks of many like layers, up to
+twice the best on short chains of unequal ones. The bound looks at one moment at a time, and is loose where a budget is
+tight.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ _CORNERS = 32  # prices tried in each frame
 _HOLDS = (0.7, 0.4)  # of the prices, at which what a replay makes is held
 _LITTLE = 0.25  # of the forward pass; who repeats less need not be thrifty while it replays
 _NEAR = 1.05  # times the lower bound; nor does who is as near
+_LOWERINGS = 16  # searches for a plan below the lowest one known
+_FEW = 64  # ops; for a step with no more of them, everything is tried at every budget
+_RUNGS = 256  # budgets
 _ONCE = 0.7  # of the forward pass; who repeats less needs no frames in which some ops are repeated twice
 _DEEP = 6  # frames in which more is kept than what crosses their cuts
 _HALVINGS = 8  # of the way from one price to the next
@@ -74,6 +79,7 @@ class Planner:
         keep_all = Plan(frozenset(self._wanted) - self._barred)
         self._everything = _Candidate(keep_all, simulate(graph, keep_all))
         self._all = frozenset(v.number for v in graph.values if v.evictable)
+        self._small = len(graph.forward) <= _FEW
         self._bare = self.simulator.bare()
         self._high = self._everything.timeline.peak_at
         self._weights = self._bytes_at(self._high)
@@ -89,7 +95,9 @@ class Planner:
         Raises:
             BudgetInfeasible: none fits.
         """
-        found = self._find(budget)
+        found = self._on_ladder(budget) if self._small else self._find(budget)
+        if found is None and self.floor() <= budget:
+            found = self._lowest
         if found is None:
             raise self._infeasible(budget)
         timeline = found.timeline
@@ -97,41 +105,60 @@ class Planner:
         return replace(found.plan, forecast=forecast, graph=self.graph)
 
     def _infeasible(self, budget: int) -> BudgetInfeasible:
-        floor = self.floor()
-        found = self._find(floor)
-        plan = found.plan if found is not None else Plan(self._must)
-        return BudgetInfeasible(refusal(budget, floor, fullest(self.graph, plan)))
+        return BudgetInfeasible(refusal(budget, self.floor(), fullest(self.graph, self._lowest.plan)))
 
     def floor(self) -> int:
         """The smallest budget for which there is a plan."""
-        return self._lowest.peak
+        return self._lowest.timeline.peak
+
+    def _on_ladder(self, budget: int) -> _Candidate | None:
+        fitting = [candidate for candidate in self._ladder if candidate.timeline.peak <= budget]
+        return min(fitting, key=lambda candidate: candidate.timeline.seconds, default=None)
 
     @cached_property
-    def _lowest(self) -> Timeline:
-        frames = [*self._frames, *self._deep_frames]
-        lowest = sorted(frames, key=lambda frame: self._least(frame, None).peak)[:_DEEP]
-        return min((self._least(frame, holds) for frame in lowest for holds in self._holds_of(frame, True)), key=_peak)
+    def _ladder(self) -> list[_Candidate]:
+        """What is found for each budget at which something else is found, down to the lowest."""
+        ladder = [self._everything]
+        while len(ladder) < _RUNGS and (found := self._find(ladder[-1].timeline.peak - 1)) is not None:
+            ladder.append(found)
+        return [*ladder, self._lowest]
+
+    @cached_property
+    def _lowest(self) -> _Candidate:
+        """The plan with the lowest peak: what frames need at least, and then what is found below that."""
+        frames = sorted((*self._frames, *self._deep_frames), key=lambda frame: self._least(frame, None).timeline.peak)
+        tried = [self._least(frame, holds) for frame in frames[:_DEEP] for holds in self._holds_of(frame, True)]
+        lowest = min((self._everything, *tried), key=lambda candidate: candidate.timeline.peak)
+        for _ in range(_LOWERINGS):
+            found = self._find(lowest.timeline.peak - 1)
+            if found is None:
+                break
+            lowest = found
+        return lowest
 
     def bound(self, budget: int) -> float:
         """Seconds of recomputation that no plan within the budget does without."""
         live = self._everything.timeline.live
         highest = sorted(range(len(live)), key=lambda number: -live[number])
-        moments = {highest[0], *highest[1 : 4 * _MOMENTS : 4]}
-        return max(self._bound_at(number, budget) for number in moments)
+        moments = {*highest[:1], *highest[1 : 4 * _MOMENTS : 4]}
+        return max((self._bound_at(number, budget) for number in moments), default=0.0)
 
     # -- search ------------------------------------------------------------------------------------------------------
 
     def _find(self, budget: int) -> _Candidate | None:
         if self.full <= budget:
             return self._everything
+        if budget < self.graph.standing:
+            return None
         forward = sum(op.seconds for op in self.graph.forward)
         best: _Candidate | None = None
         for thrifty, share in ((False, 0.0), (True, _LITTLE)):
-            if best is not None and best.timeline.seconds < max(share * forward, _NEAR * self.bound(budget)):
+            enough = max(share * forward, _NEAR * self.bound(budget))
+            if not self._small and best is not None and best.timeline.seconds < enough:
                 return best
             for frame in self._frames:
                 best = self._search(frame, budget, best, thrifty)
-        if best is not None and best.timeline.seconds < _ONCE * forward:
+        if not self._small and best is not None and best.timeline.seconds < _ONCE * forward:
             return best
         found: list[tuple[float, int]] = []
         for index, frame in enumerate(self._deep_frames):
@@ -221,8 +248,9 @@ class Planner:
         for part in _HOLDS if thrifty else ():
             yield corners[int(part * (len(corners) - 1))].kept
 
-    def _least(self, frame: Frame, holds: Container[int] | None) -> Timeline:
-        return simulate(self.graph, schedule(self.simulator, self._sites, frame, self._held(frame), holds))
+    def _least(self, frame: Frame, holds: Container[int] | None) -> _Candidate:
+        plan = schedule(self.simulator, self._sites, frame, self._held(frame), holds)
+        return _Candidate(plan, simulate(self.graph, plan))
 
     def _held(self, frame: Frame) -> frozenset[int]:
         crossing = frozenset[int]().union(*(self._sites.crossing[cut] for cut in frame.held[-1]))
@@ -283,10 +311,6 @@ def least_recompute(graph: Graph, budget: int, constraints: Constraints | None =
         BudgetInfeasible: there is none.
     """
     return Planner(graph, constraints).plan(budget)
-
-
-def _peak(timeline: Timeline) -> int:
-    return timeline.peak
 
 
 def _better(one: _Candidate | None, other: _Candidate | None) -> _Candidate | None:

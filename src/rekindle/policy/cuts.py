@@ -88,7 +88,7 @@ class Cuts:
         """The best for a price, in seconds for each byte."""
         costs = self._seconds + (price * self._nbytes if price else np.where(np.isinf(self._nbytes), np.inf, 0.0))
         finite = np.isfinite(costs)
-        scale = _TOTAL / max(float(costs[finite].sum()), 1e-300)
+        scale = _TOTAL / (float(costs[finite].sum()) or 1.0)
         capacity = np.full(len(costs), _ENDLESS, np.int32)
         capacity[finite] = np.round(costs[finite] * scale).astype(np.int32)
         pointers = np.searchsorted(self._rows, np.arange(self._count + 1)).astype(np.int32)
@@ -136,7 +136,7 @@ class Cuts:
         """The corners of the curve, from the fewest bytes to the fewest seconds; about `most` of them at most."""
         total = sum(self._graph.ops[op].seconds for op in self._ops)
         first, last = self._ends()
-        found = [first, last] if first.nbytes < last.nbytes else [last]
+        found = [first, last] if last.seconds < first.seconds else [first]
         gaps = [(first, last)]
         while gaps and len(found) < most:
             gaps.sort(key=lambda gap: (gap[1].nbytes - gap[0].nbytes) * (gap[0].seconds - gap[1].seconds))

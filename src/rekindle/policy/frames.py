@@ -166,7 +166,7 @@ def _binomial(cuts: tuple[int, ...], slots: int) -> tuple[tuple[int, ...], ...]:
         if not free:
             stack.append((first, end - 1, 0, end - 2))
             continue
-        middle = first + _advance(end - first, free)
+        middle = first + _advance(end - first, free + 1)  # the beginning is there anyway
         held[reached].append(cuts[middle - 1])
         stack.append((middle, end, free - 1, reached))
         stack.append((first, middle, free, middle - 1))
