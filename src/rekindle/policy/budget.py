@@ -95,13 +95,20 @@ class Planner:
         Raises:
             BudgetInfeasible: none fits.
         """
-        found = self._on_ladder(budget) if self._small else self._find(budget)
-        if found is None and self.floor() <= budget:
-            found = self._lowest
-        if found is None:
+        plan = self.find(budget)
+        if plan is None and self.floor() <= budget:
+            plan = self._promise(self._lowest, budget)
+        if plan is None:
             raise self._infeasible(budget)
-        timeline = found.timeline
-        forecast = Forecast(budget, timeline.peak, timeline.seconds, self.bound(budget))
+        return plan
+
+    def find(self, budget: int) -> Plan | None:
+        """The same, None if no plan is found; without a look for the floor, which takes several times as long."""
+        found = self._on_ladder(budget) if self._small else self._find(budget)
+        return None if found is None else self._promise(found, budget)
+
+    def _promise(self, found: _Candidate, budget: int) -> Plan:
+        forecast = Forecast(budget, found.timeline.peak, found.timeline.seconds, self.bound(budget))
         return replace(found.plan, forecast=forecast, graph=self.graph)
 
     def _infeasible(self, budget: int) -> BudgetInfeasible:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rekindle._errors import BudgetInfeasible
 from rekindle.graph import Graph, Plan
-from rekindle.policy import PolicyLike, decider_of, least_recompute, make_plan
+from rekindle.policy import Planner, PolicyLike, decider_of, make_plan
 from rekindle.runtime.follow import Follower, PlanCache, stream_of
 from rekindle.runtime.room import kept_back
 
@@ -62,9 +61,8 @@ class Learner:
         before = self.plans.find(stream)
         if before is not None:
             graph = _quicker(before.graph, graph)
-        try:
-            plan = least_recompute(graph, budget - kept_back(budget))
-        except BudgetInfeasible:
+        plan = Planner(graph).find(budget - kept_back(budget))
+        if plan is None:
             return False  # it goes on line, or not at all
         self.plans.add(graph, plan)
         forecast = before.plan.forecast if before is not None else None
