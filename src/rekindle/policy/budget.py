@@ -30,8 +30,8 @@ _CORNERS = 32  # prices tried in each frame
 _HOLDS = (0.7, 0.4)  # of the prices, at which what a replay makes is held
 _LITTLE = 0.25  # of the forward pass; who repeats less need not be thrifty while it replays
 _NEAR = 1.05  # times the lower bound; nor does who is as near
-_LOWERINGS = 16  # searches for a plan below the lowest one known
-_FEW = 64  # ops; for a step with no more of them, everything is tried at every budget
+_LOWERINGS = 16  # searches for a plan below the lowest one known; a large step has time for one
+_FEW = 24  # ops; for a step with no more of them, everything is tried at every budget
 _RUNGS = 256  # budgets
 _ONCE = 0.7  # of the forward pass; who repeats less needs no frames in which some ops are repeated twice
 _DEEP = 6  # frames in which more is kept than what crosses their cuts
@@ -136,7 +136,7 @@ class Planner:
         frames = sorted((*self._frames, *self._deep_frames), key=lambda frame: self._least(frame, None).timeline.peak)
         tried = [self._least(frame, holds) for frame in frames[:_DEEP] for holds in self._holds_of(frame, True)]
         lowest = min((self._everything, *tried), key=lambda candidate: candidate.timeline.peak)
-        for _ in range(_LOWERINGS):
+        for _ in range(_LOWERINGS if self._small else 1):
             found = self._find(lowest.timeline.peak - 1)
             if found is None:
                 break
