@@ -151,9 +151,9 @@ def test_planned_again_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch
     learner = rekindle.runtime.learn.Learner
     learn = learner.learn
 
-    def off(self: object, graph: rekindle.graph.Graph, peak: int) -> None:
+    def off(self: object, graph: rekindle.graph.Graph, peak: int, followed: bool) -> None:
         peaks.append(peak)
-        learn(self, graph, peak * 11 // 10)  # type: ignore[arg-type]
+        learn(self, graph, peak * 9 // 10, followed)  # type: ignore[arg-type]
 
     monkeypatch.setattr(learner, "learn", off)
     session = rekindle.Session(memory_budget=budget_for(square, 0.4))
@@ -161,6 +161,64 @@ def test_planned_again_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch
     train(small_model, square, session, steps=8)
     assert len(peaks) == 4
     assert session.stats.failed_recomputes == 0
+
+
+def test_what_plans_overlooked_is_counted() -> None:
+    """What a planned step had live beyond its plan is left room for in the next plan, not just planned for again."""
+    session = rekindle.Session(memory_budget="8GiB")
+    train(small_model, square, session, steps=2)
+    graph, planner = session.graph, rekindle.policy.Planner(session.graph)
+    budget = (planner.floor() + planner.full) // 2
+    learner = rekindle.runtime.learn.Learner(None, budget)
+    learner.learn(graph, 0, followed=False)
+    (step,) = learner.plans.planned
+    overlooked = budget - step.plan.forecast.peak + 1000
+    for peak in (step.plan.forecast.peak + overlooked, 0):
+        learner.learn(graph, peak or learner.plans.planned[0].plan.forecast.peak, followed=True)
+        (step,) = learner.plans.planned
+        assert step.plan.graph.standing == graph.standing + overlooked
+        assert step.graph.standing == graph.standing
+        assert simulate(graph, step.plan).peak + overlooked == step.plan.forecast.peak <= budget
+
+
+def test_a_plan_that_is_too_full_is_forgotten() -> None:
+    """Where no plan has room for what the last one overlooked, the step goes on line from then on."""
+    session = rekindle.Session(memory_budget="8GiB")
+    train(small_model, square, session, steps=2)
+    planner = rekindle.policy.Planner(session.graph)
+    learner = rekindle.runtime.learn.Learner(None, (planner.floor() + planner.full) // 2)
+    learner.learn(session.graph, 0, followed=False)
+    learner.learn(session.graph, 2 * planner.full, followed=True)
+    assert learner.follow() is None
+    assert not learner.records
+
+
+def test_over_budget_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planned step that nobody records any more, and that has more live than the budget, is recorded again."""
+    session = rekindle.Session(memory_budget=budget_for(square, 0.4))
+    train(small_model, square, session, steps=4)
+    assert not session._learner.records
+    highest = session._highest()
+    monkeypatch.setattr(session, "_highest", lambda: session.memory_budget + 1)
+    with session:
+        small_model()(small_batch(0, rows=256)).square().mean().backward()
+    assert highest <= session.memory_budget
+    assert session._learner.records
+
+
+def test_a_look_at_what_is_saved_is_no_demand() -> None:
+    """User code that looks at a saved tensor between the passes does not put a plan out of step."""
+
+    def step(model: nn.Module, number: int, managed: Managed) -> Tensor:
+        with managed:
+            loss = model(small_batch(number, rows=256)).square().mean()
+            assert loss.grad_fn.next_functions[0][0]._saved_self.shape[0] == 256
+            loss.backward()
+        return loss
+
+    session = check(step, of=square)
+    assert session.last_step.departures == 0
+    assert session.last_step.ops_replayed == predicted_replays(session) > 0
 
 
 def test_backward_after_the_block() -> None:

@@ -7,7 +7,7 @@ tried, also those that the first step could not be run with on line.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
@@ -38,15 +38,6 @@ ENTRIES = {entry.name: entry for entry in zoo.ZOO}
 ENTRIES["densenet"] = zoo.Entry("densenet", lambda: nets.DenseNet(6, 4), zoo._classified, ())
 ENTRIES["unrolled-lstm"] = zoo.Entry("unrolled-lstm", nets.UnrolledLSTM, _unrolled, ())
 IN_SHORT = ("gpt", "bert", "t5", "resnet", "unet", "densenet", "lstm")  # the others in full runs
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small kernels are faster on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def fresh(entry: zoo.Entry) -> nn.Module:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 import helpers
@@ -24,15 +22,6 @@ POLICIES = {
     "by-depth": lambda entry: ByDepth(8),
 }
 ENTRIES = {entry.name: entry for entry in zoo.ZOO}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small kernels are faster on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def step_of(entry: zoo.Entry) -> helpers.Step:

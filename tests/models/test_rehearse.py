@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -18,15 +17,6 @@ from rekindle.runtime.rehearse import rehearse
 BY_DATA = ("mixtral", "mixtral-grouped")  # tokens are routed to experts by what they are
 COPIES = {"lstm"}  # on fake tensors the bias gradients that oneDNN returns twice are copied, for one kernel each
 SAME = [entry for entry in zoo.ZOO if entry.name not in (*BY_DATA, *COPIES)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The bounds for kernels of convolutions are those of one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 each_model = pytest.mark.parametrize("entry", SAME, ids=repr)

@@ -82,7 +82,7 @@ def test_the_page() -> None:
     for part in ("layers.", " x", "kept for the backward pass", "results of the backward pass", "Recomputed: ", "gap"):
         assert part in text
     moment = fullest(graph, plan)
-    assert f"at op {moment.op}, {graph.ops[moment.op].name} of model.layers." in text
+    assert f"at op {moment.op}, {graph.ops[moment.op].name} of 'model.layers." in text
     assert f"{plan.forecast.peak} B" in text or "KiB" in text
     assert max(map(len, text.splitlines())) <= 160
 

@@ -8,7 +8,7 @@ parametric search (Eisner and Severance, 1976): the line through two known answe
 Regime: a cut takes milliseconds for thousands of ops. The answers are the corners of a convex curve, and the curve is a
 lower bound: no schedule that has fewer bytes live at that moment recomputes less.
 Known gaps: between two corners the true optimum may lie above the curve. What is live while recomputing is not priced.
-Capacities are rounded to 2**-30 of their sum.
+Capacities are rounded to 2**-28 of their sum.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ class Cuts:
         while low.nbytes < high.nbytes and high.seconds < low.seconds:
             price = (low.seconds - high.seconds) / (high.nbytes - low.nbytes)
             middle = self.at(price)
-            line = middle.seconds + price * (middle.nbytes - nbytes)  # whatever is kept, it costs no less at this price
+            # Whatever is kept costs no less at this price, but for what rounding may have hidden from the cut.
+            line = middle.seconds + price * (middle.nbytes - nbytes) - self._rounding(price)
             if (
                 middle.nbytes in (low.nbytes, high.nbytes)
                 or line > low.seconds - price * (nbytes - low.nbytes) - _TINY * total
@@ -125,6 +126,11 @@ class Cuts:
                 return max(0.0, line)
             low, high = (middle, high) if middle.nbytes <= nbytes else (low, middle)
         return high.seconds
+
+    def _rounding(self, price: float) -> float:
+        """Seconds by which the best for a price may be missed: each capacity is off by half a unit, in two cuts."""
+        costs = self._seconds + price * self._nbytes
+        return len(costs) * float(costs[np.isfinite(costs)].sum()) / _TOTAL
 
     def _ends(self) -> tuple[Corner, Corner]:
         """With the fewest bytes, and with the fewest seconds."""

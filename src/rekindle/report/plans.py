@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rekindle._bytes import format_bytes
-from rekindle.graph import Forecast, Graph, Moment, Plan, Share, Timeline, fullest, module_at, simulate
+from rekindle.graph import Forecast, Graph, Moment, Plan, Share, Timeline, fullest, simulate
+from rekindle.policy.refusal import where
 from rekindle.report.fold import rows_of
 
 _WIDTH = 100
@@ -74,11 +75,7 @@ def _standing(graph: Graph) -> list[tuple[str, int]]:
 def _peak(moment: Moment) -> str:
     if not moment.graph.ops:
         return "No op was recorded."
-    op = moment.graph.ops[moment.op]
-    path = module_at(moment.graph, op.number)
-    when = "backward" if op.backward else "replayed" if moment.replayed else "forward"
-    where = f" of {path}" if path else ""
-    return f"Peak: {format_bytes(moment.nbytes)} at op {op.number}, {op.name}{where} ({when})."
+    return f"Peak: {format_bytes(moment.nbytes)} at op {moment.op}, {where(moment)}."
 
 
 def _cost(graph: Graph, timeline: Timeline) -> str:

@@ -32,7 +32,6 @@ class PlannedStep:
         prefixes: hash of the stream before each position, and of all of it.
         asked: which activation autograd asks for, demand by demand.
         turns: what is retained and let go of then; empty if the plan leaves that to the runtime.
-        watched: the activations that are asked for or let go of.
         forward: how many activations are made before the first is asked for.
     """
 
@@ -43,7 +42,6 @@ class PlannedStep:
     prefixes: tuple[int, ...]
     asked: tuple[int, ...]
     turns: tuple[Turn, ...]
-    watched: frozenset[int]
     forward: int
 
     @classmethod
@@ -64,11 +62,10 @@ class PlannedStep:
                 asked.append(position[demand.value])
                 retained = frozenset(position[value] for value in turn.retained)
                 turns.append(Turn(retained, tuple(position[value] for value in turn.dropped)))
-        watched = frozenset(asked).union(*(turn.dropped for turn in turns))
         keeps = tuple(plan.keeps(value) for value in stream)
         first = next((demand.before for demand in graph.demands if demand.value in position), 0)
         forward = sum((graph.values[value].made_by or 0) < first for value in stream)
-        return cls(graph, plan, names, keeps, tuple(prefixes), tuple(asked), tuple(turns), watched, forward)
+        return cls(graph, plan, names, keeps, tuple(prefixes), tuple(asked), tuple(turns), forward)
 
 
 class Follower:
@@ -145,7 +142,9 @@ class Follower:
         for position in turn.dropped:
             reference = self._activations.get(position)
             activation = reference() if reference is not None else None
-            if activation is not None and activation.held is not None and not activation.is_marked:
+            if activation is None or activation.held is None:
+                continue
+            if not (activation.is_marked or activation.snapshot):  # a snapshot may be the only way back
                 activation.release()
 
     def _depart(self) -> None:
@@ -214,6 +213,10 @@ class PlanCache:
         step = PlannedStep.of(graph, plan)
         others = [other for other in self.planned if other.names != step.names]
         self.planned = [step, *others][:_MOST_PLANS]
+
+    def forget(self, names: Stream) -> None:
+        """Forget the plan of a stream."""
+        self.planned = [step for step in self.planned if step.names != names]
 
     def find(self, names: Stream) -> PlannedStep | None:
         """The plan of a stream, if there is one."""

@@ -109,7 +109,9 @@ class SavedTensors:
         """
         step_aside(self._recorder, BRANCHING_NODES)  # the node runs as it does in plain PyTorch, unseen
         self._replayer.asked()
-        tape = self._recorder.tape
+        graph_task = current_graph_task()
+        running = graph_task != -1  # else user code looks, at `grad_fn._saved_self` say, and no plan knows of that
+        tape = self._recorder.tape if running else None
         if isinstance(packed, Saved):
             if tape is not None and (tracked := self._storages.get(packed.key)) is not None:
                 tape.asked(tracked.value_id, current_node())
@@ -128,12 +130,11 @@ class SavedTensors:
                 f"one of the variables needed for gradient computation, {activation.describe()}, was given other data: "
                 "`tensor.data = other`. Assign to a new variable instead."
             )
-        graph_task = current_graph_task()
         if graph_task not in (-1, self._graph_task):
             self._graph_task = graph_task
             when_backward_ends(self._replayer.release_retained)
         packed.graph_task = graph_task
-        follower = self.follower
+        follower = self.follower if running else None
         turn = follower.asked(activation) if follower is not None else None
         base = activation.base()
         if base is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from rekindle.graph import Graph, Plan
 from rekindle.policy import Planner, PolicyLike, decider_of, make_plan
@@ -18,7 +18,7 @@ class Learner:
 
     A plan that the user gives is obeyed as it is: nothing is recorded, and a step that is not the planned one refused.
     With a budget, a stream is recorded twice at least: the first step warms up caches and libraries, and ops look
-    slower than they are.
+    slower than they are. What a planned step had live beyond its plan is counted as standing when it is planned again.
     """
 
     def __init__(self, policy: PolicyLike | None, budget: int | None, plan: Plan | None = None) -> None:
@@ -30,7 +30,7 @@ class Learner:
         if plan is not None and plan.graph is not None:
             self.plans.add(plan.graph, plan)
         self._on_the_go = policy is not None and decider_of(policy) is not None
-        self._recorded: dict[int, int] = {}
+        self._streams: dict[int, _Stream] = {}
 
     def follow(self) -> Follower | None:
         """A follower for the step that begins now; None if nothing is planned."""
@@ -40,34 +40,54 @@ class Learner:
             return None
         return self.plans.follow(refuses=self._given is not None)
 
-    def learn(self, graph: Graph, peak: int) -> None:
-        """Plan for the step that has just been recorded. `peak` is the most bytes that were live in it."""
+    def learn(self, graph: Graph, peak: int, followed: bool) -> None:
+        """Plan for the step that has just been recorded. `peak` is the most bytes that were live in it, and `followed`
+        says that a plan was followed to its end."""
         again = False
         if self._policy is not None and not self._on_the_go:
             self.plans.add(graph, make_plan(self._policy, graph))
         elif self._budget is not None and self._policy is None and _is_whole(graph):
-            again = self._fit(graph, peak, self._budget)
+            again = self._fit(graph, peak, followed, self._budget)
         self.records = again
 
-    def ended(self, follower: Follower | None) -> None:
-        """Note how a step went that followed plans."""
-        if follower is not None and follower.departed and self._given is None:
+    def ended(self, follower: Follower | None, peak: int) -> None:
+        """Note how a step went that followed plans, and the most bytes that were live in it."""
+        if follower is None or self._given is not None:
+            return
+        if follower.departed:
             self.records = True
+        elif self._budget is not None and peak > self._budget and follower.step is not None:
+            stream = self._streams.get(hash(follower.step.names))
+            self.records = stream is not None and stream.recorded < _MOST_RECORDED
 
-    def _fit(self, graph: Graph, peak: int, budget: int) -> bool:
+    def _fit(self, graph: Graph, peak: int, followed: bool, budget: int) -> bool:
         """Plan for a budget. Returns whether the next step is to be recorded too."""
-        stream = stream_of(graph)
-        count = self._recorded[hash(stream)] = self._recorded.get(hash(stream), 0) + 1
-        before = self.plans.find(stream)
+        names = stream_of(graph)
+        stream = self._streams.setdefault(hash(names), _Stream())
+        stream.recorded += 1
+        before, off = self.plans.find(names), False
         if before is not None:
             graph = _quicker(before.graph, graph)
-        plan = Planner(graph).find(budget - kept_back(budget))
+        forecast = before.plan.forecast if before is not None and followed else None
+        if forecast is not None:
+            off = abs(peak - forecast.peak) > _OFF * forecast.peak or peak > budget
+            stream.excess = max(0, stream.excess + peak - forecast.peak) if off else stream.excess
+        plan = Planner(replace(graph, standing=graph.standing + stream.excess)).find(budget - kept_back(budget))
         if plan is None:
-            return False  # it goes on line, or not at all
+            self.plans.forget(names)  # a plan that was too full, too: it goes on line, or not at all
+            return False
         self.plans.add(graph, plan)
-        forecast = before.plan.forecast if before is not None else None
-        off = forecast is not None and abs(peak - forecast.peak) > _OFF * forecast.peak
-        return count < 2 or (off and count < _MOST_RECORDED)
+        known = {hash(step.names) for step in self.plans.planned}
+        self._streams = {key: stream for key, stream in self._streams.items() if key in known}
+        return stream.recorded < 2 or (off and stream.recorded < _MOST_RECORDED)
+
+
+@dataclass(slots=True)
+class _Stream:
+    """What is known of a stream beside its plan: how often it was recorded, and the bytes that its plans overlooked."""
+
+    recorded: int = 0
+    excess: int = 0
 
 
 def _is_whole(graph: Graph) -> bool:

@@ -184,7 +184,7 @@ class Session:
                 self._learn(tape)
         finally:
             self._recorder.cut()
-        self._learner.ended(self._decisions.follower)
+        self._learner.ended(self._decisions.follower, self._highest())
         if isinstance(error, RuntimeError) and "saved tensor hooks" in str(error) and "torch.func" in str(error):
             raise UnsupportedContext(
                 "torch.func transforms (grad, vjp, jacrev, hessian) refuse saved-tensor hooks, so they cannot run "
@@ -238,13 +238,18 @@ class Session:
 
     def _learn(self, tape: Tape) -> None:
         graph = self._graph = tape.graph(self.modules.names())
-        self._learner.learn(graph, self._ledger.leaf_nbytes + self._ledger.peak_nbytes)
+        follower = self._decisions.follower
+        self._learner.learn(graph, self._highest(), follower is not None and not follower.departed)
         if isinstance(self.policy, PerModule) and (unmatched := self.policy.unmatched(graph)):
             warnings.warn(
                 f"{self.policy!r}: no module that ran is meant by {', '.join(map(repr, unmatched))}, so nothing is "
                 "evicted for it. Write module classes, or names as in model.named_modules().",
                 stacklevel=3,
             )
+
+    def _highest(self) -> int:
+        """The most bytes that were live in the step, what stood before it included."""
+        return self._ledger.leaf_nbytes + self._ledger.peak_nbytes
 
     def _rests(self) -> bool:
         """Whether nothing has to be recorded in this step: all is kept, and nobody asked for more."""
