@@ -102,28 +102,25 @@ def test_the_roofline() -> None:
 
 
 @pytest.fixture
-def tensor_cores() -> Iterator[Callable[[bool, bool], None]]:
-    """Allows or forbids tensor cores for products, and for convolutions, while the test runs."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-
-    def allow(products: bool, convolutions: bool) -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, convolutions
-
-    yield allow
-    allow(*before)
+def precision() -> Iterator[Callable[[str], None]]:
+    """Sets how exactly float32 is multiplied while the test runs."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
 
 
-def test_float32_in_tensor_cores(tensor_cores: Callable[[bool, bool], None]) -> None:
+@pytest.mark.parametrize(("products", "convolutions"), [(True, False), (False, True)])
+def test_float32_in_tensor_cores(products: bool, convolutions: bool, precision: Callable[[str], None]) -> None:
     """float32 is multiplied at the rate that the user's settings allow: products and convolutions have one each."""
+    precision("high" if products else "highest")
     fast = Device("fast", "cuda", 0, 1e15, SLOW.flops, 0.0)
     product = ran(aten.mm.default, meta(100, 100), meta(100, 100))
     convolution = ran(
         aten.convolution.default, meta(2, 3, 8, 8), meta(4, 3, 3, 3), None, [1, 1], [1, 1], [1, 1], False, [0], 1
     )
-    for matmul, cudnn in ((True, False), (False, True)):
-        tensor_cores(matmul, cudnn)
-        assert seconds(*product, fast) == flops(*product) / (4e6 if matmul else 1e6)
-        assert seconds(*convolution, fast) == flops(*convolution) / (4e6 if cudnn else 1e6)
+    with torch.backends.cudnn.flags(allow_tf32=convolutions):
+        assert seconds(*product, fast) == flops(*product) / (4e6 if products else 1e6)
+        assert seconds(*convolution, fast) == flops(*convolution) / (4e6 if convolutions else 1e6)
 
 
 @pytest.mark.parametrize("name", ["h100", "H100", "a100", "h200", "rtx4090", "RTX 4090", "NVIDIA H100 80GB HBM3"])
