@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 
 import rekindle
 from helpers import small_batch
+from rekindle.record.torch_private import AllocatorWatch
+from rekindle.runtime import replay
 from watch import log_replays
 
 VALUE = 32 * 64 * 4  # bytes of each narrow activation
@@ -307,6 +310,57 @@ def test_replay_writes_on_copies(monkeypatch):
         grads.append(x.grad)
     assert torch.equal(*grads)
     assert sorted(log) == sorted(["mul", "add", "sin", "mul_", "sin", "add"])
+
+
+def test_a_replay_writes_into_what_it_made(monkeypatch):
+    """A replayed in-place op that alone wants what the replay just made writes there: no byte more than the value."""
+    log = log_replays(monkeypatch)
+    x, weight = small_batch(0), torch.randn(64, 64, requires_grad=True)
+    with rekindle.Session(rekindle.KeepNone()):
+        y = x.mm(weight).relu_().neg_().sin()
+    expected = x.mm(weight).relu_().neg_().detach()
+    with AllocatorWatch() as watch:
+        found = y.grad_fn._saved_self
+    assert torch.equal(found, expected)
+    assert watch.peak_nbytes == VALUE
+    assert log == ["mm", "relu_", "neg_"]
+
+
+def test_a_replay_copies_what_is_wanted_before_it_is_written(monkeypatch):
+    """Where autograd waits for what an in-place op destroys, the replayed op writes into a copy, and both are right."""
+    copies = []
+    clone = replay.clone_storage
+    monkeypatch.setattr(replay, "clone_storage", lambda base: copies.append(base.nbytes) or clone(base))
+    results = []
+    for session in (None, rekindle.Session(rekindle.KeepNone(), inplace="snapshot")):
+        x = small_batch(0).requires_grad_()
+        with session or nullcontext():
+            y = x.exp().mul(2)
+            z = y.sin()
+            w = (y.clone() if session is None else y).relu_().cos()
+            del y
+            loss = (z * w).sum()
+            del z, w
+            loss.backward()
+        results.append(x.grad)
+    assert torch.equal(*results)
+    assert copies == [VALUE]
+
+
+@pytest.mark.parametrize(("rows", "replayed"), [(2048, []), (512, ["native_batch_norm"])])
+def test_statistics_beside_a_large_result_are_kept(rows, replayed, monkeypatch):
+    """What has less than a thousandth of what its op returned with it is kept: no op is repeated for it alone."""
+    log = log_replays(monkeypatch)
+    grads = []
+    for session in (None, rekindle.Session(rekindle.KeepNone(), min_nbytes=0)):
+        torch.manual_seed(0)
+        x = torch.randn(rows, 16).requires_grad_()
+        norm = nn.BatchNorm1d(16)
+        with session or nullcontext():
+            norm(x).add_(1).sum().backward()
+        grads.append([x.grad, norm.weight.grad, norm.running_mean])
+    assert all(map(torch.equal, *grads))
+    assert log == replayed
 
 
 def test_a_replay_stops_at_checkpoints_in_the_way(monkeypatch):

@@ -41,10 +41,12 @@ from rekindle.record.writes import (
 
 LEAF = "a leaf"
 SMALL = "too small to be worth a decision"
+ASIDE = "small beside what its op made with it, and an op repeated for it alone costs more"
 UNINITIALISED = "from an empty tensor that no recorded op has filled"
 OVERWRITTEN_LEAF = "from an op that writes over what it reads, which nothing could bring back"
 DEFAULT_MIN_NBYTES = 1024
 _OPS_BETWEEN_CUTS = 4096
+_SHARE_ASIDE = 1024  # of what an op returns, such as the statistics of a normalisation: a thousandth is kept
 
 Tensor = torch.Tensor
 
@@ -229,8 +231,11 @@ class Recorder(TorchDispatchMode):
         if isinstance(result, Tensor):
             op.outputs.append(self._output(op, traits, opaque, result, call, made))
         elif result is not None:
+            aside = -1
             for tensor in tensors_in(result):
-                op.outputs.append(self._output(op, traits, opaque, tensor, call, made))
+                if aside < 0:
+                    aside = tensor.numel() * tensor.itemsize // _SHARE_ASIDE
+                op.outputs.append(self._output(op, traits, opaque, tensor, call, made, aside))
         if self._to_hold:
             self._hold_sources(made, written)
         if self.checksums is not None:
@@ -471,8 +476,16 @@ class Recorder(TorchDispatchMode):
         activation.version = source._version
 
     def _output(
-        self, op: Op, traits: Traits, opaque: str, tensor: Tensor, call: ModuleCall, made: list[Activation | None]
+        self,
+        op: Op,
+        traits: Traits,
+        opaque: str,
+        tensor: Tensor,
+        call: ModuleCall,
+        made: list[Activation | None],
+        aside: int = 0,
     ) -> weakref.ref[Activation] | None:
+        """Know what an op returned. What has fewer than `aside` bytes is never evicted."""
         try:
             storage = tensor.untyped_storage()
         except (NotImplementedError, RuntimeError):  # sparse, opaque layouts: left alone
@@ -484,6 +497,8 @@ class Recorder(TorchDispatchMode):
             self.ledger.track(storage, None, nbytes)  # becomes a leaf, if anything reads it
             return None
         why = opaque or (SMALL if nbytes < self._min_nbytes else UNINITIALISED if traits.uninitialised else "")
+        if nbytes < aside and not why:
+            why = ASIDE
         activation = Activation(None if why else op, window_of(tensor), nbytes, call, why)
         activation.weak, activation.home = weakref.ref(tensor), storage._cdata
         activation.version = tensor._version
