@@ -15,8 +15,8 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -89,13 +89,18 @@ def recording() -> rekindle.Session:
     return rekindle.Session(policy=rekindle.Balanced(0.5))
 
 
-@contextmanager
-def recorder() -> Iterator[None]:
-    """The dispatch mode of a session alone: no hooks on saved tensors and module calls."""
-    session = rekindle.Session()
-    with session._recorder:
-        yield
-    session._recorder.cut()
+class Alone:
+    """The dispatch mode of a session alone, step after step: no hooks on saved tensors and module calls."""
+
+    def __init__(self) -> None:
+        self._session = rekindle.Session()
+
+    def __enter__(self) -> None:
+        self._session._recorder.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._session._recorder.__exit__(*error)
+        self._session._recorder.cut()
 
 
 def forward(model: nn.Module, x: Tensor) -> None:
@@ -132,10 +137,11 @@ def _measure(model: nn.Module, run: Callable[[nn.Module, Tensor], None], rounds:
     x = torch.randn(64, 64, requires_grad=True)
     with Counting() as counting:
         run(model, x)
+    alone = Alone()
     ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "plain": nullcontext,
         "no-op mode": NoOp,
-        "the recorder": recorder,
+        "the recorder": lambda: alone,
         "session, first step": recording,
     }
     for name, session in policies().items():

@@ -26,6 +26,7 @@ from rekindle.record.torch_private import (
     FakeTensorMode,
     alias,
     at_recorded_level,
+    body_of,
     current_graph_task,
     current_node,
     faking,
@@ -615,3 +616,14 @@ def test_no_modes_hides_all_of_them() -> None:
         with no_modes():
             assert torch.ones(2).tolist() == [1, 1]
         assert isinstance(torch.ones(2), FakeTensor)
+
+
+def test_bodies_of_overloads():
+    """The body of an overload does what calling it does, under a mode too; what has no body is its own."""
+    x = small_batch(0)
+    overload = torch.ops.aten.add.Tensor
+    with Names() as names:
+        result = body_of(overload)(x, x, alpha=2)
+    assert torch.equal(result, overload(x, x, alpha=2))
+    assert names.names == ["add"]
+    assert body_of(len) is len

@@ -183,6 +183,13 @@ class Activation:
             return None
         return base if base.untyped_storage().nbytes() == self.nbytes else None
 
+    def untouched(self) -> bool:
+        """Whether `held` is what it was, seen at a glance. False says nothing."""
+        held, version = self.held, self.version
+        if held is None or version is None or self.overwritten or held._version != version:
+            return False
+        return (self.weak is None or self.weak() is None) and held.untyped_storage().nbytes() == self.nbytes
+
     def _rebuilt(self) -> torch.Tensor | None:
         """A tensor on the storage of a parameter that the user gave another one: `parameter.data = other`."""
         storage = self.storage

@@ -150,7 +150,6 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
         past = [activation, *(reference() for reference in self.past)]
         self.past = [weakref.ref(a) for a in past if a is not None]
         self.own(None)
-        self.value_id = -1
 
     def end_past(self) -> list[Activation]:
         """The values from before a cut, which a write is about to destroy."""
@@ -213,10 +212,9 @@ class Ledger:
         tracked.nbytes = nbytes
         tracked.owned = activation
         self.storages[key] = tracked
-        if nbytes:
-            self.live_nbytes += nbytes
-            if self.live_nbytes > self.peak_nbytes:
-                self.peak_nbytes = self.live_nbytes
+        self.live_nbytes = live = self.live_nbytes + nbytes
+        if live > self.peak_nbytes:
+            self.peak_nbytes = live
         return tracked
 
     def resized(self, tracked: Tracked, nbytes: int) -> None:
@@ -232,17 +230,23 @@ class Ledger:
     def forget_activations(self) -> None:
         """Let go of the values, and so of the ops behind them: what a storage held before the cut is a leaf now."""
         for tracked in list(self.storages.values()):
-            tracked.forget()
+            if tracked.owned is not None or tracked.lent is not None or tracked.past:
+                tracked.forget()
+            tracked.value_id = -1
 
-    def _died(self, tracked: weakref.ref[torch.UntypedStorage]) -> None:
-        assert type(tracked) is Tracked
-        if self.storages.get(tracked.key) is tracked:
-            del self.storages[tracked.key]
-        self.live_nbytes -= tracked.nbytes
-        self.leaf_nbytes -= tracked.leaf_nbytes
+    def _died(self, tracked: Any) -> None:
+        key, nbytes = tracked.key, tracked.nbytes
+        if self.storages.get(key) is tracked:
+            del self.storages[key]
+        if nbytes:
+            self.live_nbytes -= nbytes
+        else:
+            self.leaf_nbytes -= tracked.leaf_nbytes
         if self.on_end is not None:
             self.on_end(tracked)
-        activation = tracked.activation
+        activation = tracked.owned
+        if activation is None and tracked.lent is not None:
+            activation = tracked.lent()
         if activation is None:
             return
         tracked.own(None)

@@ -46,6 +46,7 @@ UNINITIALISED = "from an empty tensor that no recorded op has filled"
 OVERWRITTEN_LEAF = "from an op that writes over what it reads, which nothing could bring back"
 DEFAULT_MIN_NBYTES = 1024
 _OPS_BETWEEN_CUTS = 4096
+_grad_mode, _inference_mode, _clock = torch.is_grad_enabled, torch.is_inference_mode_enabled, time.perf_counter
 _SHARE_ASIDE = 1024  # of what an op returns, such as the statistics of a normalisation: a thousandth is kept
 
 Tensor = torch.Tensor
@@ -108,7 +109,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         traits = KNOWN.get(id(func)) or traits_of(func)
         if traits.view:
-            return func(*args, **kwargs) if kwargs else func(*args)
+            return traits.call(*args, **kwargs) if kwargs else traits.call(*args)
         if types:
             return NotImplemented  # a subclass: let it desugar, and record the plain ops beneath
         if kwargs is None:
@@ -121,9 +122,9 @@ class Recorder(TorchDispatchMode):
             when_backward_ends(self._backward_ended)
         if traits.reshapes:
             return self._reshape(func, args, kwargs)
-        grad_mode = torch.is_grad_enabled()
-        if (not grad_mode and backward) or torch.is_inference_mode_enabled():
-            if traits.writes or traits.stats is not None or self.tape is not None:
+        grad_mode = _grad_mode()
+        if (not grad_mode and backward) or _inference_mode():
+            if self.tape is not None or (traits.mutates and self._may_destroy(traits, args, kwargs)):
                 return self._pass(func, traits, args, kwargs, backward)
             return self._count(self._run(func, traits, args, kwargs, self.modules.current, None))
         if in_compiled_code():
@@ -142,25 +143,26 @@ class Recorder(TorchDispatchMode):
         if traits.conjugates:
             with conjugating():
                 return self._room.run(func, args, kwargs, call, random)
-        if self._room.watches or self._room.measures or traits.name in self._hungry:
-            return self._room.run(func, args, kwargs, call, random)
+        room = self._room
+        if room.watches or room.measures or traits.name in self._hungry:
+            return room.run(func, args, kwargs, call, random)
         try:
-            return func(*args, **kwargs)
+            return traits.call(*args, **kwargs)
         except torch.OutOfMemoryError as error:
-            return self._room.rescue(error, func, args, kwargs, random)
+            return room.rescue(error, func, args, kwargs, random)
 
     def _count(self, result: Any) -> Any:
         """Count the bytes of what an op returned from which nothing will be recomputed. Returns it."""
-        if isinstance(result, (list, tuple)):
-            for item in result:
-                self._count(item)
-        elif isinstance(result, Tensor):
+        if isinstance(result, Tensor):
             try:
                 storage = result.untyped_storage()
                 if storage._cdata not in self._storages:
                     self.ledger.track(storage, None, storage.nbytes())
             except (NotImplementedError, RuntimeError):  # sparse, opaque layouts
                 pass
+        elif isinstance(result, (list, tuple)):
+            for item in result:
+                self._count(item)
         return result
 
     # -- one op that may be repeated ---------------------------------------------------------------------------------
@@ -181,11 +183,13 @@ class Recorder(TorchDispatchMode):
         op.func, op.number, op.grad_mode = func, number, grad_mode
         op.call = call = self.modules.current
         op.inputs, op.outputs = [], []
-        self._to_hold.clear()
+        if self._to_hold:
+            self._to_hold.clear()
         self._ask_reads = self.keeper.reads and not backward  # backward ops run outside of all modules
         opaque = traits.opaque or (why_opaque(func, args, kwargs) if traits.check else "")
         written: list[Write] = []
         past: list[Write] = []
+        lists: Sequence[tuple[Tensor, int]] = ()
         me = weakref.ref(op)
         try:
             if traits.plain:
@@ -208,23 +212,22 @@ class Recorder(TorchDispatchMode):
                     opaque = OVERWRITTEN_LEAF
             for write in (*written, *past):
                 self._before_write(write, op)
+            lists = listed_targets(traits, args, kwargs)
 
-        start = time.perf_counter()
-        lists = listed_targets(traits, args, kwargs) if written else ()
+        start = _clock()
         try:
             result = self._run(func, traits, args, kwargs, call, op.random)
         except BaseException:
             self._to_hold.clear()
             self._failed([*written, *past])
             raise
-        op.seconds = self._room.seconds if self._room.measures else time.perf_counter() - start
-        if lists:
-            count_writes(lists)
+        op.seconds = self._room.seconds if self._room.measures else _clock() - start
         if op.random is not None:
             self._keep_random(op, *op.random)
 
         made: list[Activation | None] = []
         if written:
+            count_writes(lists)
             made += [self._rewrite(op, opaque, write) for write in written]
             for write in past:
                 self._displace(op, write)
@@ -324,22 +327,31 @@ class Recorder(TorchDispatchMode):
     def _ref(self, tensor: Tensor, op: Op, me: weakref.ref[Op]) -> Ref:
         """The argument as a window onto the value it reads."""
         tracked = self._storages.get(tensor.untyped_storage()._cdata)
-        if tracked is None:
-            activation = self._leaf(tensor, None)
-        else:
-            found = tracked.owned
-            if found is None and tracked.lent is not None:
-                found = tracked.lent()
-            activation = self._leaf(tensor, tracked) if found is None or found.stale() else found
-            if activation.version is None and activation.op is not None:
-                self.first_read(activation, tensor)
+        activation = known = None
+        if tracked is not None:
+            activation = tracked.owned
+            if activation is None and tracked.lent is not None:
+                activation = tracked.lent()
+        if activation is not None:  # what follows is `stale` and `watched`, which cost a call each
+            weak, version, held = activation.weak, activation.version, activation.held
+            if weak is not None:
+                known = weak()
+            base = known if held is None else held
+            if version is not None and base is not None and base._version != version:
+                activation = None
+        if activation is None:
+            activation = self._leaf(tensor, tracked)
+            known = activation.weak() if activation.weak is not None else None
         if activation.op is None:
-            self._guard(activation, tensor, op)
-        elif activation.held is None:
-            if not activation.is_checkpoint and self._ask_reads and self.keeper.read(activation.call, op.call):
-                activation.is_checkpoint = True
-            if activation.is_checkpoint:
-                self._to_hold.append((activation, tensor))
+            self._guard(activation, tensor, known, op)
+        else:
+            if activation.version is None:
+                known = self.first_read(activation, tensor)
+            if activation.held is None:
+                if not activation.is_checkpoint and self._ask_reads and self.keeper.read(activation.call, op.call):
+                    activation.is_checkpoint = True
+                if activation.is_checkpoint:
+                    self._to_hold.append((activation, tensor))
         if activation not in op.inputs:
             op.inputs.append(activation)
             activation.last_use = op.number
@@ -347,15 +359,14 @@ class Recorder(TorchDispatchMode):
                 activation.readers.append(me)  # type: ignore[attr-defined]
             else:
                 activation.readers = [me]
-        weak = activation.weak
-        return Ref(activation, activation.window if weak is not None and weak() is tensor else window_of(tensor))
+        return Ref(activation, activation.window if known is tensor else window_of(tensor))
 
-    def _guard(self, activation: Activation, tensor: Tensor, op: Op) -> None:
-        """See that what cannot be recomputed is there, and unchanged, when `op` is repeated."""
+    def _guard(self, activation: Activation, tensor: Tensor, known: Tensor | None, op: Op) -> None:
+        """See that what cannot be recomputed is there, and unchanged, when `op` is repeated. `known` is the tensor that
+        it is known by."""
         if activation.held is None and activation.storage is None:
             self.hold(activation, tensor)
             return
-        known = activation.weak() if activation.weak is not None else None
         if known is not tensor and not tensor.is_inference() and (known is None or tensor._base is not known):
             op.guards = (*op.guards, Guard(activation, alias(tensor), tensor._version))  # it may count its writes apart
 
@@ -423,11 +434,10 @@ class Recorder(TorchDispatchMode):
             tracked = self.ledger.track_leaf(tensor)
             assert tracked is not None
         owner = tensor if self._is_parameter(tensor) else tensor._base
-        if owner is not None and self._is_parameter(owner) and not owner.is_inference():
+        if owner is not None and (owner is tensor or self._is_parameter(owner)) and not owner.is_inference():
             activation = Activation(None, window_of(owner), storage.nbytes(), self.modules.outside, LEAF)
-            activation.storage = storage
-            activation.version = owner._version
-            activation.watch(owner)
+            activation.storage, activation.version = storage, owner._version
+            activation.weak, activation.home = weakref.ref(owner), owner.untyped_storage()._cdata
         else:
             activation = Activation(None, window_of(tensor), storage.nbytes(), self.modules.current, LEAF)
             if tensor.is_inference():
@@ -436,9 +446,8 @@ class Recorder(TorchDispatchMode):
                 activation.held = alias(tensor)
                 activation.version = tensor._version
                 activation.watch(tensor)
-        tracked.lend(activation)
-        activation.key = storage._cdata
-        activation.value_id = tracked.value_id
+        tracked.owned, tracked.lent = None, weakref.ref(activation)
+        activation.key, activation.value_id = tracked.key, tracked.value_id
         return activation
 
     def _is_parameter(self, tensor: Tensor) -> bool:
@@ -463,10 +472,11 @@ class Recorder(TorchDispatchMode):
         tracked.owned, tracked.lent = None, weakref.ref(activation)
         tracked.value_id = activation.value_id
 
-    def first_read(self, activation: Activation, tensor: Tensor) -> None:
+    def first_read(self, activation: Activation, tensor: Tensor) -> Tensor:
         """Know a value through `tensor`, if nobody holds the recorded one any more, and its version through that.
 
-        The version of what an in-place op wrote is known only after autograd has counted the write.
+        The version of what an in-place op wrote is known only after autograd has counted the write. Returns the tensor
+        that the value is known by now.
         """
         source = activation.watched()
         if source is None:
@@ -474,6 +484,7 @@ class Recorder(TorchDispatchMode):
             activation.watch(tensor)
             activation.window = window_of(tensor)
         activation.version = source._version
+        return source
 
     def _output(
         self,
@@ -500,9 +511,8 @@ class Recorder(TorchDispatchMode):
         if nbytes < aside and not why:
             why = ASIDE
         activation = Activation(None if why else op, window_of(tensor), nbytes, call, why)
-        activation.weak, activation.home = weakref.ref(tensor), storage._cdata
-        activation.version = tensor._version
-        self.ledger.track(storage, activation, nbytes)
+        activation.weak, activation.version = weakref.ref(tensor), tensor._version
+        activation.home = self.ledger.track(storage, activation, nbytes).key
         if not why and self.keeper.makes and self.keeper.made(traits.name, activation):
             activation.is_checkpoint = True
         made.append(activation)
@@ -624,6 +634,23 @@ class Recorder(TorchDispatchMode):
         return number
 
     # -- one op that is only counted ---------------------------------------------------------------------------------
+
+    def _may_destroy(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an op writes over what anybody may want back. Most that write in the backward pass add to a gradient,
+        which nobody does."""
+        if traits.stats is not None:
+            return True
+        for position, name in traits.writes:
+            target = args[position] if position < len(args) else kwargs.get(name)
+            if not isinstance(target, Tensor):
+                return True
+            try:
+                tracked = self._storages.get(target.untyped_storage()._cdata)
+            except (NotImplementedError, RuntimeError):
+                return True
+            if tracked is not None and (tracked.owned is not None or tracked.lent is not None or tracked.past):
+                return True
+        return False
 
     def _pass(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool) -> Any:
         """Run an op that nothing will be recomputed from: in the backward pass, or on tensors without a storage."""

@@ -7,12 +7,14 @@ results are kept like an input, never recomputed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
+
+from rekindle.record.torch_private import body_of
 
 RUNNING_STATS: dict[str, tuple[tuple[int, int], int | None]] = {
     # op: (positions of running mean and variance, position of `training` or None where the op always trains).
@@ -115,9 +117,12 @@ class Traits:
         stats: positions of running statistics that training overwrites, and of the `training` flag.
         check: whether `why_opaque` must look at the arguments of each call.
         plain: reads tensors, one per argument, and makes new ones: nothing else to see to.
+        mutates: writes to an argument.
+        call: runs the overload, as calling it does.
     """
 
     name: str
+    call: Callable[..., Any]
     view: bool = False
     reshapes: bool = False
     writes: tuple[tuple[int, str], ...] = ()
@@ -130,6 +135,7 @@ class Traits:
     stats: tuple[tuple[int, int], int | None] | None = None
     check: bool = False
     plain: bool = False
+    mutates: bool = False
 
 
 KNOWN: dict[int, Traits] = {}
@@ -149,7 +155,7 @@ def traits_of(func: Any) -> Traits:
 
 def _read(func: Any) -> Traits:
     if not isinstance(func, OpOverload):
-        return Traits(str(func), opaque="a higher-order operator, which has no schema")
+        return Traits(str(func), func, opaque="a higher-order operator, which has no schema")
     schema = func._schema
     qualified, name = schema.name, str(func)
     writes = tuple(
@@ -171,6 +177,7 @@ def _read(func: Any) -> Traits:
         opaque = next((why for tag, why in _UNREPEATABLE_TAGS.items() if tag in tags), "")
     return Traits(
         name=name,
+        call=body_of(func),
         view=aliased and not writes and not opaque,
         reshapes=reshapes,
         writes=() if reshapes else writes,
@@ -183,6 +190,7 @@ def _read(func: Any) -> Traits:
         conjugates=qualified.startswith(CONJUGATES_INSIDE),
         stats=stats,
         check=check,
+        mutates=bool(writes) or stats is not None,
         plain=not writes and stats is None and not any(map(_may_nest, schema.arguments)),
     )
 

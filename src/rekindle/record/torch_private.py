@@ -26,6 +26,8 @@ version which breaks one fails there first.
   them ask whether a dispatch mode is active, and the engine puts back after each node whatever that has changed of it.
 * Lazy conjugation. A handler runs with the kernels excluded that carry it out, though what it calls may need them.
 * Fake tensors. A step without bytes: they are what PyTorch's own compiler traces with, and have no public home.
+* Bodies of overloads. Calling an overload is a Python call whose only line calls the dispatcher: one call too many for
+  what is done at every op.
 * Fused attention. Which kernel a CUDA device takes is decided by a device that may not be there.
 """
 
@@ -54,6 +56,12 @@ _LAZY = (torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative)
 
 current_graph_task: Callable[[], int] = torch._C._current_graph_task_id
 """The number of the backward pass running on this thread, -1 outside of one."""
+
+
+def body_of(overload: Any) -> Callable[..., Any]:
+    """What calling an overload calls in turn; the overload itself where that is not there."""
+    body: Callable[..., Any] = getattr(overload, "_op", overload)
+    return body
 
 
 def current_node() -> int:

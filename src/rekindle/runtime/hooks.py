@@ -89,9 +89,13 @@ class SavedTensors:
         except (NotImplementedError, RuntimeError):  # sparse, mkldnn: no storage
             return self._as_it_is(tensor, 0, call)
         tracked = self._storages.get(key)
-        activation = (tracked.owned or tracked.activation) if tracked is not None else None
-        if activation is not None and activation.stale():
-            activation = None
+        activation = None
+        if tracked is not None:
+            activation = tracked.owned
+            if activation is None and tracked.lent is not None:
+                activation = tracked.lent()
+            if activation is not None and activation.stale():
+                activation = None
         if self._snapshot and not tensor.is_inference():
             return self._handle(tensor, recorder.leaf(tensor) if activation is None else activation, call)
         if activation is None or activation.op is None:
@@ -119,24 +123,16 @@ class SavedTensors:
         activation = packed.activation
         if tape is not None:
             tape.asked(activation.value_id, current_node())
-        if activation.overwritten or activation.changed():
-            by = activation.overwritten or "a write outside of the session"
-            raise SavedTensorModified(
-                f"one of the variables needed for gradient computation, {activation.describe()}, has been modified by "
-                f"an inplace operation: {by}. Use the out-of-place form of that operation."
-            )
-        if activation.moved():
-            raise SavedTensorModified(
-                f"one of the variables needed for gradient computation, {activation.describe()}, was given other data: "
-                "`tensor.data = other`. Assign to a new variable instead."
-            )
+        untouched = activation.untouched()
+        if not untouched:
+            self._refuse_changed(activation)
         if graph_task not in (-1, self._graph_task):
             self._graph_task = graph_task
             when_backward_ends(self._replayer.release_retained)
         packed.graph_task = graph_task
         follower = self.follower if running else None
         turn = follower.asked(activation) if follower is not None else None
-        base = activation.base()
+        base = activation.held if untouched else activation.base()
         if base is None:
             base = self._replayer.bring_back(activation, graph_task, turn)
         if self.checksums is not None:
@@ -148,13 +144,26 @@ class SavedTensors:
             self._replayer.leave(activation)
         return tensor
 
+    def _refuse_changed(self, activation: Activation) -> None:
+        """Refuse what plain autograd refuses."""
+        if activation.overwritten or activation.changed():
+            by = activation.overwritten or "a write outside of the session"
+            raise SavedTensorModified(
+                f"one of the variables needed for gradient computation, {activation.describe()}, has been modified by "
+                f"an inplace operation: {by}. Use the out-of-place form of that operation."
+            )
+        if activation.moved():
+            raise SavedTensorModified(
+                f"one of the variables needed for gradient computation, {activation.describe()}, was given other data: "
+                "`tensor.data = other`. Assign to a new variable instead."
+            )
+
     def _handle(self, tensor: torch.Tensor, activation: Activation, call: ModuleCall) -> Handle:
         recorder = self._recorder
         recorder.saves += 1
         source = activation.watched()
         if activation.version is None or (source is None and activation.held is None):
-            recorder.first_read(activation, tensor)
-            source = activation.watched()
+            source = recorder.first_read(activation, tensor)
         if source is tensor:
             handle = Handle(activation, activation.window, None)
         else:

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 import weakref
-from collections import ChainMap, Counter
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -197,11 +197,14 @@ class _Replay:
                     self.bases.pop(id(source), None)
 
     def _run(self, op: Op) -> list[tuple[Activation, Tensor]]:
-        targets = {id(old): self._own_copy(old, op) for old, _ in op.writes if old is not None}
+        targets: dict[int, Tensor] = {}
         scratch: dict[int, Tensor] = {}
-        sources = ChainMap(targets, self.bases)
-        if any(old is None for old, _ in op.writes):
-            self.replayer.room.make(_scratch_nbytes([*op.args, *op.kwargs.values()]), op.func, op.call)
+        sources = self.bases
+        if op.writes:
+            targets = {id(old): self._own_copy(old, op) for old, _ in op.writes if old is not None}
+            sources = {**sources, **targets}
+            if any(old is None for old, _ in op.writes):
+                self.replayer.room.make(_scratch_nbytes([*op.args, *op.kwargs.values()]), op.func, op.call)
         args = [_resolve(arg, sources, scratch) for arg in op.args]
         kwargs = {name: _resolve(arg, sources, scratch) for name, arg in op.kwargs.items()}
         for tensor in scratch.values():
