@@ -20,6 +20,7 @@ import rekindle
 from helpers import live_activations, same_bits
 from rekindle import EveryN, FakeReader, KeepNone, Pressure, Session
 from rekindle.record.aliasing import disjoint, window_of
+from rekindle.record.recorder import Recorder
 
 WIDTH = 32
 FORBIDDEN = "has been modified by an inplace operation"
@@ -688,3 +689,29 @@ def test_noise_filled_after_it_is_saved(mode: str, written: bool) -> None:
     with Session(KeepNone(), min_nbytes=0, inplace=mode):
         managed = gradient()
     assert torch.equal(plain, managed)
+
+
+@pytest.mark.parametrize(("writes", "looked"), [(False, 0), (True, 1)])
+def test_only_writes_over_what_may_be_wanted_are_looked_at(writes: bool, looked: int, monkeypatch) -> None:
+    """Adding to a gradient destroys nothing, so it is only counted; a hook that writes to a kept value is seen."""
+    long_way = []
+    look = Recorder._pass
+    monkeypatch.setattr(Recorder, "_pass", lambda self, func, *rest: long_way.append(func) or look(self, func, *rest))
+    weight = torch.randn(16, 16, requires_grad=True)
+    weight.grad = torch.zeros(16, 16)
+    session = Session(KeepNone(), min_nbytes=0)
+    for _ in range(3):
+        long_way.clear()  # the first step writes every op down
+        with session:
+            y = (torch.randn(16, 16) @ weight).sin()
+            other = y.detach().exp()
+            if writes:
+                y.register_hook(lambda grad, other=other: _add_one(other))
+            y.sum().backward()
+        del y, other
+    assert len(long_way) == looked
+
+
+def _add_one(tensor: Tensor) -> None:
+    with torch.no_grad():
+        tensor.add_(1)
