@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import small_batch
@@ -615,3 +616,20 @@ def test_no_modes_hides_all_of_them() -> None:
         with no_modes():
             assert torch.ones(2).tolist() == [1, 1]
         assert isinstance(torch.ones(2), FakeTensor)
+
+
+def test_arguments_of_a_call() -> None:
+    """A global forward pre-hook finds the keyword arguments of the call too, as earlier hooks have left them."""
+    module, seen = torch.nn.Bilinear(2, 2, 2), []
+    first = register_module_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    hook = register_module_forward_pre_hook(lambda module, args: seen.append(torch_private.arguments_of(module)))
+    try:
+        module(torch.ones(1, 2), input2=torch.ones(3, 2)[:1])
+    finally:
+        first.remove()
+        hook.remove()
+    ((args, kwargs),) = seen
+    assert [arg.tolist() for arg in args] == [[[2.0, 2.0]]]
+    assert kwargs.keys() == {"input2"}
+    with pytest.raises(LookupError, match="no call of Bilinear is running"):
+        torch_private.arguments_of(module)

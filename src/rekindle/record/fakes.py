@@ -88,6 +88,12 @@ class Fakes:
         self._made[id(tensor)] = tensor, fake
         return fake
 
+    def forget(self) -> None:
+        """Let go of the originals, and of what is known of them: cycles would keep them until somebody collects."""
+        self._made.clear()
+        self._storages.clear()
+        self.contents.forget()
+
     def look(self, storage: torch.UntypedStorage, window: Window, device: torch.device | None = None) -> Tensor:
         """The fake tensor that is a window onto a fake storage."""
         with torch.no_grad(), no_modes():
@@ -161,6 +167,10 @@ class Contents:
             content = real.cpu() if real.device.type != "cpu" else real.clone()
         key = fake._cdata
         self._real[key] = weakref.ref(fake, lambda _: self._real.pop(key, None)), content
+
+    def forget(self) -> None:
+        """Know nothing any more."""
+        self._real.clear()
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What an op returns for real; it writes to what is known here.

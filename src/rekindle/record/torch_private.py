@@ -16,7 +16,8 @@ version which breaks one fails there first.
 * Graph tasks. The engine numbers each backward pass and runs callbacks at its end. There is no public way to learn
   either. FSDP and DDP use the same two calls.
 * Calls of modules. PyTorch runs its `always_call` hooks after an Exception, but not after a KeyboardInterrupt; only the
-  stack of frames tells that such a call is over.
+  stack of frames tells that such a call is over. Global pre-hooks are not shown keyword arguments, though most models
+  are called with them; the frame that calls such a hook has them.
 * Disabled hooks. Code that cannot bear saved-tensor hooks disables them, and says why to whoever asks.
 * Compiled code. Inductor's kernels are seen by no dispatcher, and write into what the ops around them made. Only the
   stack of frames tells that an op was called by such code.
@@ -146,6 +147,19 @@ def calls_running(module: torch.nn.Module) -> int:
         frame = frame.f_back
         count += frame.f_code is code and frame.f_locals.get("self") is module
     return count
+
+
+def arguments_of(module: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the innermost call of a module, asked for by one of the global forward pre-hooks."""
+    code = torch.nn.Module._call_impl.__code__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == code.co_filename and frame.f_locals.get("self") is module:
+            known = frame.f_locals
+            if "args" in known and "kwargs" in known:
+                return tuple(known["args"]), dict(known["kwargs"])
+        frame = frame.f_back
+    raise LookupError(f"no call of {type(module).__name__} is running")
 
 
 def in_compiled_code() -> bool:
