@@ -16,8 +16,7 @@ from rekindle._bytes import Amount, format_bytes
 from rekindle._errors import BudgetInfeasible, RekindleError, SessionError
 from rekindle.graph import Graph, Plan
 from rekindle.policy import Planner, PolicyLike, least_recompute
-from rekindle.record.cost import DEVICES
-from rekindle.record.fakes import Cost
+from rekindle.record.cost import DEVICES, Cost
 from rekindle.record.torch_private import calls_running, never_compile
 from rekindle.runtime.pressure import Budget, read_budget
 from rekindle.runtime.rehearse import Loss, rehearse

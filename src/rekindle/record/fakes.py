@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from rekindle._errors import RehearsalError
 from rekindle.record.activation import Op
 from rekindle.record.aliasing import Window, window_of
+from rekindle.record.cost import Cost
 from rekindle.record.kernels import temporaries, tensors_of
 from rekindle.record.modules import ModuleCall
 from rekindle.record.recorder import Recorder
@@ -33,8 +34,6 @@ from rekindle.record.torch_private import (
 from rekindle.record.writes import written_tensors
 
 Tensor = torch.Tensor
-Cost = Callable[[Any, Sequence[Any], dict[str, Any], Any], float]
-"""Seconds of one op, from its overload, its arguments and what it returned."""
 
 _CURE = (
     "A rehearsal has no data to look at. Record a real step instead: run one in "

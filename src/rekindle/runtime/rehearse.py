@@ -24,8 +24,8 @@ import torch
 from rekindle._errors import RehearsalError
 from rekindle.graph import Graph
 from rekindle.record.aliasing import Ledger, Window
-from rekindle.record.cost import Device, find_device, seconds
-from rekindle.record.fakes import AsOnCuda, Cost, FakeRecorder, FakeRoom, Fakes
+from rekindle.record.cost import Cost, Device, find_device, seconds
+from rekindle.record.fakes import AsOnCuda, FakeRecorder, FakeRoom, Fakes
 from rekindle.record.modules import ModuleStack
 from rekindle.record.recorder import DEFAULT_MIN_NBYTES
 from rekindle.record.tape import Tape

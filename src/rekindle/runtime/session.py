@@ -13,11 +13,12 @@ from typing import Literal, NoReturn
 import torch
 
 from rekindle._bytes import Amount, format_bytes, parse_bytes
-from rekindle._errors import SessionError, UnknownTensor, UnsupportedContext
+from rekindle._errors import RehearsalError, SessionError, UnknownTensor, UnsupportedContext
 from rekindle.graph import Graph, Plan, verify_plan
 from rekindle.policy import Decider, KeepAll, PerModule, PolicyLike, check_policy, decider_of
 from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Ledger
+from rekindle.record.cost import Roofline
 from rekindle.record.kernels import tensors_of
 from rekindle.record.modules import ModuleStack
 from rekindle.record.recorder import DEFAULT_MIN_NBYTES, Recorder
@@ -58,6 +59,7 @@ class Session:
         headroom: int | str | None = None,
         plan: Plan | None = None,
         plan_ahead: bool = False,
+        cost: Literal["measured", "roofline"] = "measured",
         inplace: Literal["strict", "snapshot"] = "strict",
         verify: bool = False,
         pressure: Pressure | None = None,
@@ -78,6 +80,8 @@ class Session:
                 trains, by rehearsing that call and its backward pass on fake tensors. Without it that step makes room
                 op by op. A budget without a plan is refused there, before an op has run. What cannot be rehearsed
                 warns with `RehearsalWarning` and goes on as without. `stats.rehearsals` counts the steps so planned.
+            cost: where the seconds of ops in `session.graph` come from, by which plans are made: "measured" for the
+                clock, or "roofline" for the published rates of the device, with which equal steps give equal plans.
             inplace: with "strict", an in-place write over what autograd saved is an error in the backward pass, as in
                 plain PyTorch; with "snapshot", what was saved survives the write.
             verify: compare each recomputed activation with a checksum of what it was. Slow.
@@ -88,13 +92,15 @@ class Session:
         Raises:
             PolicyError: `policy` is not a policy.
             BytesError: `memory_budget` or `headroom` is not an amount of memory, or nothing is left.
-            SessionError: `inplace` is something else, or `plan` has no graph or is not alone, or `plan_ahead` has no
-                budget to plan for.
+            SessionError: `inplace` or `cost` is something else, nothing is known about the device's rates, `plan` has
+                no graph or is not alone, or `plan_ahead` has no budget to plan for.
         """
         if policy is not None:
             check_policy(policy)
         if inplace not in ("strict", "snapshot"):
             raise SessionError(f'inplace is {inplace!r}. Write inplace="strict" or inplace="snapshot".')
+        if cost not in ("measured", "roofline"):
+            raise SessionError(f'cost is {cost!r}. Write cost="measured" or cost="roofline".')
         if plan_ahead and (memory_budget is None or policy is not None or plan is not None):
             raise SessionError(
                 "plan_ahead plans for a memory budget, and for nothing else. Write "
@@ -140,7 +146,7 @@ class Session:
             Pressure(default_reader(lambda: ledger.total_nbytes, self.memory_budget)) if pressure is None else pressure
         )
         self._evictor = Evictor(ledger, stats, lambda: self._recorder.number, lambda: self.snapshots.cleanup_stale())
-        room = self._room = Room(ledger, self._evictor, self._pressure, self.memory_budget, watches, stats)
+        room = self._room = Room(ledger, self._evictor, self._pressure, self.memory_budget, watches, stats, _told(cost))
         self.snapshots = Snapshots(ledger, room, stats)
         self._replayer = Replayer(ledger, room, stats, self.modules.name_of)
         self._decisions = Decisions(None, None, self.snapshots, self._step)
@@ -430,6 +436,20 @@ class Session:
     def __str__(self) -> str:
         budget = "" if self.budget is None else f"\nbudget {self.budget}"
         return f"{self!r}{budget}\n{self.stats}"
+
+
+def _told(cost: str) -> Roofline | None:
+    """Who tells what an op took; None if that is measured."""
+    if cost == "measured":
+        return None
+    roofline = Roofline()
+    place = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if place is not None:
+        try:
+            roofline.of(place)
+        except RehearsalError as error:
+            raise SessionError(f'cost is "roofline", but {error} Or write cost="measured".') from error
+    return roofline
 
 
 def _trains(module: torch.nn.Module) -> bool:
