@@ -443,6 +443,18 @@ def failed_write_alone(p: Program) -> Tensor:
     return (z * y.sin()).sum()
 
 
+@legal
+def failed_write_beside_a_view(p: Program) -> Tensor:
+    """An op that raises has written nothing in the sight of a view that was made without gradients, either."""
+    y = p.hidden()
+    with torch.no_grad():
+        rows = y[:1].expand(3, -1)
+    z = (y * p.v).sin()
+    with pytest.raises(RuntimeError), torch.no_grad():
+        rows.add_(1)
+    return (z * rows.sum()).sum()
+
+
 # -- running them ------------------------------------------------------------------------------------------------------
 
 

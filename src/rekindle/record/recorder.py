@@ -502,9 +502,6 @@ class Recorder(TorchDispatchMode):
                 write.doomed = [handle for handle in write.doomed if write.touches(handle.window)]
         if old.op is None and old.is_source(but=op):
             spare(write, op)
-        known = old.held if old.held is not None else write.watch
-        if write.intact and known is not None and old.version is not None:
-            old.version = known._version  # looking whether it is shared moved it, and nothing is written yet
         self.keeper.before_write(old, op, self._snapshot and bool(write.doomed))
 
     def _rewrite(self, op: Op, opaque: str, write: Write) -> Activation | None:
