@@ -213,6 +213,7 @@ class Recorder(TorchDispatchMode):
             result = self._run(func, traits, args, kwargs, call, op.random)
         except BaseException:
             self._to_hold.clear()
+            count_writes(lists)  # of some tensors it may have written
             self._failed([*written, *past])
             raise
         op.seconds = self._room.seconds if self._room.measures else time.perf_counter() - start
@@ -628,6 +629,7 @@ class Recorder(TorchDispatchMode):
         try:
             result = self._run(func, traits, args, kwargs, self.modules.current, None)
         except BaseException:
+            count_writes(lists)
             self._failed([*written, *past])
             raise
         seconds = self._room.seconds if self._room.measures else time.perf_counter() - start

@@ -56,11 +56,10 @@ class Write:
 def count_no_write(activation: Activation, tensor: Tensor) -> None:
     """Autograd is about to count a write through `tensor`, though the bytes stay as they are."""
     watch = watch_of(activation)
-    if watch is None or tensor.is_inference() or watch._version != activation.version:
+    if watch is None or tensor.is_inference() or activation.version is None or watch._version != activation.version:
         return
-    torch.autograd.graph.increment_version(tensor)
-    if watch._version != activation.version:
-        activation.version = watch._version + 1
+    if _counted_in([tensor], [watch]) == [True]:
+        activation.version += 1
 
 
 def spare(write: Write, by: Op | None) -> None:
@@ -109,15 +108,20 @@ def seen_handles(write: Write) -> list[Any]:
     What autograd does not see it never misses: `tensor.data` counts apart.
     """
     watches = [watch if (watch := handle.watched()) is not None else write.watch for handle in write.handles]
-    before = [watch._version if watch is not None else -1 for watch in watches]
     if any(tensor.is_inference() for tensor in write.tensors):
         return write.handles
-    versions = [tensor._version for tensor in write.tensors]
-    torch.autograd.graph.increment_version(write.tensors)
-    rows = zip(write.handles, watches, before, strict=True)
-    seen = [handle for handle, watch, version in rows if watch is None or watch._version != version]
-    set_versions(write.tensors, versions)  # the op counts its write itself, unless it fails
-    return seen
+    counted = _counted_in(write.tensors, watches)
+    return [handle for handle, seen in zip(write.handles, counted, strict=True) if seen]
+
+
+def _counted_in(tensors: Sequence[Tensor], watches: Sequence[Tensor | None]) -> list[bool]:
+    """Whether each of `watches` counts the writes to `tensors`; what is not there is taken to."""
+    versions = [tensor._version for tensor in tensors]
+    before = [watch._version if watch is not None else -1 for watch in watches]
+    torch.autograd.graph.increment_version(tensors)
+    counted = [watch is None or watch._version != old for watch, old in zip(watches, before, strict=True)]
+    set_versions(tensors, versions)  # an op counts its write itself, unless it fails
+    return counted
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:
