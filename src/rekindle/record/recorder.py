@@ -242,6 +242,7 @@ class Recorder(TorchDispatchMode):
         if tape is not None:
             inputs = [self._value(tape, a) for a in op.inputs]
             outputs = [tape.made(a) for a in made if a is not None]
+            outputs += [copy for write in (*written, *past) for copy in tape.copied(write)]
             for tensor in tensors_in((args, tuple(kwargs.values()), result)):
                 tape.seen(tensor)
             for write, new in zip(written, made, strict=False):  # what was written comes first
@@ -648,6 +649,7 @@ class Recorder(TorchDispatchMode):
         new = [key for key in dict.fromkeys(keys) if key not in self._storages]
         self._count(result)
         outputs = [tape.plain_value(self._storages[key]) for key in new]
+        outputs += [copy for write in (*written, *past) for copy in tape.copied(write)]
         if backward:
             tape.runs(current_node())
         call, temporaries = self.modules.current, self._room.temporaries
