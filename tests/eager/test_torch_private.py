@@ -35,6 +35,7 @@ from rekindle.record.torch_private import (
     never_compile,
     no_modes,
     put_back,
+    set_versions,
     when_backward_ends,
     without_dispatch_modes,
 )
@@ -137,6 +138,15 @@ def test_increment_version():
     view, data = tensor[1:], tensor.data
     torch.autograd.graph.increment_version(view)
     assert (tensor._version, view._version, data._version) == (1, 1, 0)
+
+
+def test_set_versions():
+    """A counter that was moved to see who shares it is moved back, for all that share it."""
+    tensor = torch.ones(3)
+    view = tensor[1:]
+    torch.autograd.graph.increment_version([tensor])
+    set_versions([view], [0])
+    assert (tensor._version, view._version) == (0, 0)
 
 
 # -- dispatch level ----------------------------------------------------------------------------------------------------

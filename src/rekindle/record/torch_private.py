@@ -4,7 +4,8 @@ Tested on torch 2.13.0 (CPU). `tests/eager/test_torch_private.py` checks each fa
 version which breaks one fails there first.
 
 * Version counters. A tensor made inside `__torch_dispatch__` has a version counter of its own, because the kernel that
-  shares it (`ADInplaceOrView`) has already run. `alias` switches that kernel back on for one `detach`.
+  shares it (`ADInplaceOrView`) has already run. `alias` switches that kernel back on for one `detach`. Which tensors
+  share a counter only shows when it moves; `set_versions` moves it back.
 * Dispatch level. Recorded calls were seen below autograd, autocast and every mode; they must be repeated there, or
   autocast would cast twice and our own recorder would record the repetition.
 * Dynamo. `TorchDispatchMode` wraps its handler in `torch._dynamo.disable`, a third of what a mode costs per op.
@@ -34,7 +35,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from types import FrameType
@@ -126,6 +127,11 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
     """A detached alias that shares the version counter, made from inside `__torch_dispatch__`."""
     with torch._C._SetExcludeDispatchKeyGuard(_AD_INPLACE_OR_VIEW, False):
         return tensor.detach()
+
+
+def set_versions(tensors: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
+    """Set the version counters of tensors."""
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))
 
 
 def never_compile(function: Callable[..., Any]) -> None:
