@@ -34,6 +34,7 @@ from rekindle.graph import Graph, Plan, load_graph, print_plans_with, save_graph
 from rekindle.policy import Balanced, ByDepth, EveryN, KeepAll, KeepNone, MemoryOptimal, PerModule, SpeedOptimal
 from rekindle.record.activation import Activation
 from rekindle.report import describe_plan
+from rekindle.runtime.ahead import RehearsalWarning
 from rekindle.runtime.eviction import Eviction, EvictionPolicy, Sweep
 from rekindle.runtime.pressure import AcceleratorReader, FakeReader, Level, LiveReader, MemoryReader, Pressure
 from rekindle.runtime.session import Session
@@ -71,6 +72,7 @@ __all__ = [
     "RecomputeError",
     "RecomputeMismatch",
     "RehearsalError",
+    "RehearsalWarning",
     "RekindleError",
     "SavedTensorModified",
     "Session",

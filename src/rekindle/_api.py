@@ -16,8 +16,7 @@ from rekindle._bytes import Amount, format_bytes
 from rekindle._errors import BudgetInfeasible, RekindleError, SessionError
 from rekindle.graph import Graph, Plan
 from rekindle.policy import Planner, PolicyLike, least_recompute
-from rekindle.record.cost import DEVICES
-from rekindle.record.fakes import Cost
+from rekindle.record.cost import DEVICES, Cost
 from rekindle.record.torch_private import calls_running, never_compile
 from rekindle.runtime.pressure import Budget, read_budget
 from rekindle.runtime.rehearse import Loss, rehearse
@@ -149,6 +148,8 @@ def max_batch(
 
     Nothing is run for real: steps of doubling, then of bisected sizes are rehearsed, which takes a few times as many
     seconds as one rehearsal. Kernels' temporaries are bounds on the CPU, so that a slightly larger batch may fit too.
+    It fits with the plan for that budget (`Session(plan=...)`); the first step of a session without one decides as it
+    goes, and may need more.
 
     Args:
         make_inputs: makes the inputs of a batch of that size, as for `plan`; on the meta device they cost nothing.

@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from rekindle import RehearsalError
-from rekindle.record.cost import DEVICES, Device, bytes_moved, find_device, flops, seconds
+import rekindle
+from helpers import small_batch, small_model
+from rekindle import RehearsalError, Session, SessionError
+from rekindle.record import cost as cost_module
+from rekindle.record.cost import DEVICES, Device, Roofline, bytes_moved, find_device, flops, seconds
+from rekindle.runtime.rehearse import rehearse
 
 aten = torch.ops.aten
 SLOW = Device("slow", "cuda", 0, 1e3, {"float32": 1e6, "bfloat16": 2e6, "tf32": 4e6}, 1e-3)
@@ -164,3 +168,58 @@ def test_unknown_devices(name: str) -> None:
     """A device that nothing is known about is refused with those that can be written."""
     with pytest.raises(RehearsalError, match="Write one of 'a100', 'h100', 'h200', 'rtx4090', 'cpu'"):
         find_device(name)
+
+
+def run(session: Session) -> rekindle.Graph:
+    """Two steps of the small model. Returns the graph of the second."""
+    torch.manual_seed(0)
+    model = small_model()
+    for number in range(2):
+        with session:
+            model(small_batch(number, rows=128)).sum().backward()
+        model.zero_grad()
+    assert session.graph is not None
+    return session.graph
+
+
+def test_a_session_by_the_roofline() -> None:
+    """Its graph has the seconds of a rehearsal, op by op, and two sessions plan alike, with a budget or a policy."""
+    expected = [op.seconds for op in rehearse(small_model(), (small_batch(0, rows=128),)).forward]
+    for options in ({"memory_budget": "1MiB"}, {"policy": rekindle.SpeedOptimal(0.3)}):
+        one, other = (Session(cost="roofline", **options) for _ in range(2))
+        graph = run(one)
+        assert [op.seconds for op in graph.forward if op.call or op.name.startswith("aten.sum")] == expected[:-1]
+        assert all(op.seconds for op in graph.ops if op.backward and op.name.startswith("aten.mm"))
+        assert run(other) == graph
+        assert one.plan == other.plan is not None
+
+
+def test_a_session_by_the_clock() -> None:
+    """Unless told otherwise, seconds are measured."""
+    assert [op.seconds for op in run(Session(memory_budget="1MiB")).ops] != [
+        op.seconds for op in run(Session(memory_budget="1MiB", cost="roofline")).ops
+    ]
+
+
+def test_the_roofline_of_what_has_no_rates() -> None:
+    """Ops on the meta device take nothing, those on tensors without a plain storage no less than a launch."""
+    roofline, x = Roofline(), meta(4, 4)
+    assert roofline(aten.add.Tensor, (x, x), {}, x) == 0.0
+    sparse = torch.eye(4).to_sparse()
+    assert roofline(aten.add.Tensor, (sparse, sparse), {}, sparse) == find_device("cpu").launch
+
+
+def test_unknown_costs() -> None:
+    """Anything but the two spellings is refused with them, a function too."""
+    for cost in ("flops", None, lambda *op: 1.0):
+        with pytest.raises(SessionError, match='Write cost="measured" or cost="roofline"'):
+            Session(cost=cost)  # type: ignore[arg-type]
+
+
+def test_an_unknown_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A roofline for an accelerator of which no rates are known is refused at once, with the way out."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("mps"))
+    monkeypatch.setattr(cost_module.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SessionError, match=r"nothing is known about what device 'mps' can do.*cost=\"measured\""):
+        Session(rekindle.KeepNone(), cost="roofline", pressure=rekindle.Pressure(rekindle.FakeReader(0, 1)))

@@ -296,6 +296,27 @@ def failed_write(p: Program) -> Tensor:
 
 
 @case
+def half_failed_write(p: Program) -> Tensor:
+    """An op on a list of tensors has written to the first when it refuses the second."""
+    y = p.x
+    total = (y * p.w).sum()
+    y = p.own(y)
+    with pytest.raises(RuntimeError):
+        torch._foreach_mul_([y, torch.ones(1, 1).expand(3, 3)], 2.0)
+    return total + (y * p.v).sum()
+
+
+@case
+def turned_after_a_backward(p: Program) -> Tensor:
+    """What was saved before a backward pass and read after it is turned: no byte is written, though autograd counts."""
+    total = (p.v * p.v).sum()
+    p.b.sin().sum().backward()
+    other = p.v.roll(1, 0)
+    p.own(p.v.detach()).t_()
+    return total + (other * p.w).sum()
+
+
+@case
 def cache_of_keys(p: Program) -> Tensor:
     """Slices of an empty tensor are filled one after the other, and all that is there is read each time."""
     cache, total = torch.empty(2, WIDTH, WIDTH), p.w.sum() * 0
@@ -442,6 +463,18 @@ def failed_write_alone(p: Program) -> Tensor:
     with pytest.raises(RuntimeError):
         p.x.add_(torch.ones(3, 3))
     return (z * y.sin()).sum()
+
+
+@legal
+def failed_write_beside_a_view(p: Program) -> Tensor:
+    """An op that raises has written nothing in the sight of a view that was made without gradients, either."""
+    y = p.hidden()
+    with torch.no_grad():
+        rows = y[:1].expand(3, -1)
+    z = (y * p.v).sin()
+    with pytest.raises(RuntimeError), torch.no_grad():
+        rows.add_(1)
+    return (z * rows.sum()).sum()
 
 
 # -- running them ------------------------------------------------------------------------------------------------------

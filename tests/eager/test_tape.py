@@ -67,6 +67,27 @@ def test_an_overwritten_value_is_another(policy):
     assert (write.inputs, write.outputs) == (first, second)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("policy", [None, rekindle.KeepNone()], ids=repr)
+def test_a_snapshot_is_a_value(policy, grad):
+    """A copy of an input that is about to be overwritten has bytes, from the op that wrote to the last that may be
+    repeated from it: plans that did not know of it went over their budgets."""
+    weight, x = torch.ones(32, 64, requires_grad=True), small_batch(0)
+
+    def forward() -> torch.Tensor:
+        y = (x * 2 * weight).sin()
+        with torch.set_grad_enabled(grad):
+            x.mul_(3)
+        return y
+
+    graph = graph_of(policy, forward)
+    (copy,) = (value for value in graph.values if value.why_kept == "a snapshot")
+    (write,) = (op for op in graph.ops if ".mul_." in op.name)
+    assert (copy.nbytes, copy.made_by) == (x.nbytes, write.number)
+    assert copy.dropped is not None
+    assert copy.dropped > len(graph.forward)
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_graph_does_not_depend_on_the_policy(policy):
     """The forward pass on paper is the same whatever was kept while it was recorded."""

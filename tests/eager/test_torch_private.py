@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import small_batch
@@ -35,6 +36,7 @@ from rekindle.record.torch_private import (
     never_compile,
     no_modes,
     put_back,
+    set_versions,
     when_backward_ends,
     without_dispatch_modes,
 )
@@ -137,6 +139,15 @@ def test_increment_version():
     view, data = tensor[1:], tensor.data
     torch.autograd.graph.increment_version(view)
     assert (tensor._version, view._version, data._version) == (1, 1, 0)
+
+
+def test_set_versions():
+    """A counter that was moved to see who shares it is moved back, for all that share it."""
+    tensor = torch.ones(3)
+    view = tensor[1:]
+    torch.autograd.graph.increment_version([tensor])
+    set_versions([view], [0])
+    assert (tensor._version, view._version) == (0, 0)
 
 
 # -- dispatch level ----------------------------------------------------------------------------------------------------
@@ -627,3 +638,20 @@ def test_bodies_of_overloads():
     assert torch.equal(result, overload(x, x, alpha=2))
     assert names.names == ["add"]
     assert body_of(len) is len
+
+
+def test_arguments_of_a_call() -> None:
+    """A global forward pre-hook finds the keyword arguments of the call too, as earlier hooks have left them."""
+    module, seen = torch.nn.Bilinear(2, 2, 2), []
+    first = register_module_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    hook = register_module_forward_pre_hook(lambda module, args: seen.append(torch_private.arguments_of(module)))
+    try:
+        module(torch.ones(1, 2), input2=torch.ones(3, 2)[:1])
+    finally:
+        first.remove()
+        hook.remove()
+    ((args, kwargs),) = seen
+    assert [arg.tolist() for arg in args] == [[[2.0, 2.0]]]
+    assert kwargs.keys() == {"input2"}
+    with pytest.raises(LookupError, match="no call of Bilinear is running"):
+        torch_private.arguments_of(module)

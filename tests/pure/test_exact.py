@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 from hypothesis import given, settings
 
+from brute import frontier, turns_to_try
 from paper import build, chain_step, steps, unhurried
 from rekindle import BudgetInfeasible
 from rekindle.graph import Demand, Graph, Op, Plan, Value
@@ -35,6 +36,16 @@ def check_all(graph: Graph) -> None:
 def test_as_good_as_trying_everything(graph: Graph) -> None:
     """No plan within the budget recomputes less, and where there is none, that is said: whatever the step does."""
     check_all(graph)
+
+
+@settings(unhurried, max_examples=60)
+@given(steps(max_ops=4).filter(lambda graph: turns_to_try(graph) <= 12))
+def test_as_good_as_every_plan_on_the_simulator(graph: Graph) -> None:
+    """The same by another way to try everything: each legal plan, played by the simulator."""
+    found = frontier(graph)
+    assert found == brute_force(graph)
+    for budget, seconds in found:
+        assert exact(graph, budget).seconds == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("unit", [1, 512, 10**9 + 7])

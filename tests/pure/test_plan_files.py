@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from hypothesis import given
@@ -18,9 +23,11 @@ from rekindle import GraphError, Plan, save_graph
 from rekindle.graph import Forecast, Graph, Turn, plan
 from rekindle.policy import Planner
 
+FULL = os.environ.get("REKINDLE_TESTS") == "full"
 Edit = Callable[[dict[str, Any]], object]
 
 
+@cache
 def planned(graph: Graph | None = None) -> Plan:
     """A plan halfway between the floor and all that the step needs."""
     planner = Planner(graph or chain_step(8, [8, 1, 9, 2] * 2))
@@ -163,17 +170,169 @@ def test_a_graph_is_no_plan(tmp_path: Path) -> None:
         Plan.load(path)
 
 
-def test_a_failing_write_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a plan cannot be written, the one that was there before can still be read, and nothing is left beside it."""
+# -- nothing of a file is run or half believed -------------------------------------------------------------------------
+
+
+class Bomb:
+    """Pickled, it leaves a file behind where it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_is_not_opened(protocol: int, tmp_path: Path) -> None:
+    """A pickle is refused, and what it would run does not run; so is one in an archive, as `torch.save` writes them."""
+    path, exploded = tmp_path / "plan.json", tmp_path / "exploded"
+    content = pickle.dumps(Bomb(exploded), protocol)
+    path.write_bytes(content)
+    with pytest.raises(GraphError):
+        Plan.load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+    with pytest.raises(GraphError):
+        Plan.load(path)
+    assert not exploded.exists()
+    pickle.loads(content)
+    assert exploded.exists()
+
+
+def small_plan() -> Plan:
+    """One whose file has some hundred bytes."""
+    return planned(chain_step(3, [8, 1, 9]))
+
+
+def load_or_refuse(path: Path, content: bytes) -> Plan | None:
+    """The plan, or None if it was refused with a GraphError."""
+    path.write_bytes(content)
+    try:
+        return Plan.load(path)
+    except GraphError:
+        return None
+
+
+def test_every_beginning_is_refused(tmp_path: Path) -> None:
+    """A file that was cut off at any byte holds no plan; only the end of the last line may be missing."""
+    path = tmp_path / "plan.json"
+    small_plan().save(path)
+    content = path.read_bytes()
+    whole = len(content.rstrip())
+    assert [k for k in range(len(content)) if load_or_refuse(path, content[:k])] == list(range(whole, len(content)))
+
+
+def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
+    """A file in which any one bit is another holds no plan, or is the same to the letter for JSON: white space."""
+    path, written = tmp_path / "plan.json", small_plan()
+    written.save(path)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in range(8) if FULL else (place % 8, 5):  # bit 5 turns letters into capitals
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit
+            read = load_or_refuse(path, bytes(flipped))
+            assert read is None or (read, read.graph) == (written, written.graph), (place, bit)
+            assert read is None or content[place : place + 1].isspace(), (place, bit)
+
+
+def test_every_pair_of_bytes_that_changes_places(tmp_path: Path) -> None:
+    """Nor does one in which neighbours have changed places, or a byte came twice or was lost."""
+    path, written = tmp_path / "plan.json", small_plan()
+    written.save(path)
+    content = path.read_bytes()
+    for k in range(len(content) - 1):
+        swapped = content[:k] + content[k + 1 : k + 2] + content[k : k + 1] + content[k + 2 :]
+        for other in (swapped, content[:k] + content[k + 1 :], content[:k] + content[k : k + 1] + content[k:]):
+            read = load_or_refuse(path, other)
+            assert read is None or (read, read.graph) == (written, written.graph), k
+
+
+@pytest.mark.parametrize("depth", [10, 300, 900, 3000, 100_000])
+@pytest.mark.parametrize("pair", ["[]", '{"a":}'])
+def test_deep_nesting_is_refused(pair: str, depth: int, tmp_path: Path) -> None:
+    """What is nested as deep as anybody likes is a GraphError where a graph should be, too."""
+    inner = pair[:-1] * depth + "0" + pair[-1] * depth
+    data = f'{{"format": "rekindle.plan", "version": 1, "graph": {inner}, "digest": ""}}'
+    assert load_or_refuse(tmp_path / "plan.json", data.encode()) is None
+
+
+# -- a full disk -------------------------------------------------------------------------------------------------------
+
+
+def full(*args: object, **options: object) -> None:
+    """What a system call does for which there is no room."""
+    raise OSError(errno.ENOSPC, "no space left on device")
+
+
+def interrupted(*args: object, **options: object) -> None:
+    """Ctrl-C in a system call."""
+    raise KeyboardInterrupt
+
+
+def on_a_full_device(draft: Path, mode: str, **options: Any) -> IO[str]:
+    """A new file whose bytes go to a device that is full: the system itself says so, when they leave the buffer."""
+    draft.touch(exist_ok=False)
+    return open("/dev/full", "w", **options)
+
+
+FAILING: dict[str, tuple[str, Callable[..., object]]] = {
+    "open": ("open", full),
+    "fsync": ("os.fsync", full),
+    "replace": ("os.replace", full),
+    "interrupted fsync": ("os.fsync", interrupted),
+    "interrupted replace": ("os.replace", interrupted),
+}
+if Path("/dev/full").exists():
+    FAILING["device"] = ("open", on_a_full_device)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["over another", "new"])
+@pytest.mark.parametrize("fails", FAILING)
+def test_a_full_disk_leaves_the_old_file_whole(
+    fails: str, before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the disk is found to be full, the plan that was there before can still be read, and nothing is left
+    beside it; where none was, none is."""
+    path = tmp_path / "plan.json"
+    if before:
+        planned().save(path)
+    name, function = FAILING[fails]
+    with monkeypatch.context() as patched:
+        patched.setattr(f"rekindle.graph.serialize.{name}", function, raising=name != "open")
+        with pytest.raises(KeyboardInterrupt if function is interrupted else OSError) as caught:
+            planned(chain_step(9, [8, 1, 9] * 3)).save(path)
+    if function is not interrupted:
+        assert isinstance(caught.value, OSError)
+        assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == [path] * before
+    assert not before or Plan.load(path) == planned()
+
+
+@pytest.mark.parametrize("limit", [0, 1, 1000, 2000])
+def test_a_file_that_may_not_grow(limit: int, tmp_path: Path) -> None:
+    """The same where a part was written before the system refused the rest."""
+    resource = pytest.importorskip("resource", reason="other systems limit no file")
     path = tmp_path / "plan.json"
     planned().save(path)
-
-    def fails(source: object, target: object) -> None:
-        raise PermissionError("not permitted")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("rekindle.graph.serialize.os.replace", fails)
-        with pytest.raises(PermissionError):
-            planned(chain_step(9, [8, 1, 9] * 3)).save(path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    larger = planned(chain_step(20, 8))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            larger.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert Plan.load(path) == planned()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is renamed over the old one after its bytes were written through, so that a crash leaves one of them."""
+    calls: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (calls.append(name), real(*a))[1])
+    planned().save(tmp_path / "plan.json")
+    assert calls == ["fsync", "replace"]

@@ -85,6 +85,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     try:
         with open(draft, "x", encoding="utf-8") as file:  # unlike `tempfile`, which hides files from other users
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # a disk may say that it is full as late as this
         os.replace(draft, target)
     except BaseException:
         with contextlib.suppress(OSError):

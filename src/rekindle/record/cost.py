@@ -14,15 +14,15 @@ arguments and results, each moved once. Rates are published ones, without sparsi
   two channels of DDR4-3200 (JEDEC JESD79-4), of which one thread gets no more than twelve cache lines every 80 ns.
 
 Regime: tells dear ops from cheap ones; to choose what to recompute no more is needed. What is recorded in a real step
-has measured seconds instead.
+has measured seconds instead, unless the session is told otherwise.
 Known gaps: no kernel reaches the peak. Causal attention counts as full. Caches are not modelled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
@@ -32,6 +32,8 @@ from rekindle.record.kernels import nbytes_of, tensors_of
 from rekindle.record.schema import traits_of
 
 Tensor = torch.Tensor
+Cost: TypeAlias = Callable[[Any, Sequence[Any], dict[str, Any], Any], float]
+"""Seconds of one op, from its overload, its arguments and what it returned."""
 
 _GATHERS = frozenset(f"aten::{name}" for name in ("embedding", "index", "index_select", "gather"))
 _CONVOLUTIONS = frozenset(("aten::convolution", "aten::convolution_backward"))
@@ -112,6 +114,40 @@ def seconds(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: A
     if not nbytes and not work:
         return 0.0
     return max(device.launch, work / device.rate(_multiplied(func, args)), nbytes / device.bandwidth)
+
+
+class Roofline:
+    """Seconds of the ops of a real step by the rooflines of the devices that they run on, which are here."""
+
+    def __init__(self) -> None:
+        self._devices: dict[torch.device, Device] = {}
+
+    def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> float:
+        """Seconds of one op, from its overload, its arguments and what it returned.
+
+        Raises:
+            RehearsalError: nothing is known about the device.
+        """
+        tensors = tensors_of([result, *args, *kwargs.values()])
+        place = tensors[0].device if tensors else torch.device("cpu")
+        if place.type == "meta":
+            return 0.0
+        device = self.of(place)
+        try:
+            return seconds(func, args, kwargs, result, device)
+        except (NotImplementedError, RuntimeError):  # no storage: sparse, opaque layouts
+            return device.launch
+
+    def of(self, place: torch.device) -> Device:
+        """What a device can do.
+
+        Raises:
+            RehearsalError: nothing is known about it.
+        """
+        known = self._devices.get(place)
+        if known is None:
+            known = self._devices[place] = find_device(place)
+        return known
 
 
 def flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:

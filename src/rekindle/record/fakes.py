@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from rekindle._errors import RehearsalError
 from rekindle.record.activation import Op
 from rekindle.record.aliasing import Window, window_of
+from rekindle.record.cost import Cost
 from rekindle.record.kernels import temporaries, tensors_of
 from rekindle.record.modules import ModuleCall
 from rekindle.record.recorder import Recorder
@@ -33,8 +34,6 @@ from rekindle.record.torch_private import (
 from rekindle.record.writes import written_tensors
 
 Tensor = torch.Tensor
-Cost = Callable[[Any, Sequence[Any], dict[str, Any], Any], float]
-"""Seconds of one op, from its overload, its arguments and what it returned."""
 
 _CURE = (
     "A rehearsal has no data to look at. Record a real step instead: run one in "
@@ -87,6 +86,12 @@ class Fakes:
             fake.requires_grad_()
         self._made[id(tensor)] = tensor, fake
         return fake
+
+    def forget(self) -> None:
+        """Let go of the originals, and of what is known of them: cycles would keep them until somebody collects."""
+        self._made.clear()
+        self._storages.clear()
+        self.contents.forget()
 
     def look(self, storage: torch.UntypedStorage, window: Window, device: torch.device | None = None) -> Tensor:
         """The fake tensor that is a window onto a fake storage."""
@@ -161,6 +166,10 @@ class Contents:
             content = real.cpu() if real.device.type != "cpu" else real.clone()
         key = fake._cdata
         self._real[key] = weakref.ref(fake, lambda _: self._real.pop(key, None)), content
+
+    def forget(self) -> None:
+        """Know nothing any more."""
+        self._real.clear()
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What an op returns for real; it writes to what is known here.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,6 +103,15 @@ class ModuleStack:
         self._count = 0
         self._stays = bool(self._hooks)
         self.attach()
+
+    @contextmanager
+    def blind(self) -> Iterator[None]:
+        """Runs one block whose module calls are none of the step's."""
+        thread, self._thread = self._thread, 0
+        try:
+            yield
+        finally:
+            self._thread = thread
 
     def close(self) -> None:
         """Stop following them."""

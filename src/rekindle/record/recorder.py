@@ -219,6 +219,7 @@ class Recorder(TorchDispatchMode):
             result = self._run(func, traits, args, kwargs, call, op.random)
         except BaseException:
             self._to_hold.clear()
+            count_writes(lists)  # of some tensors it may have written
             self._failed([*written, *past])
             raise
         op.seconds = self._room.seconds if self._room.measures else _clock() - start
@@ -249,6 +250,7 @@ class Recorder(TorchDispatchMode):
         if tape is not None:
             inputs = [self._value(tape, a) for a in op.inputs]
             outputs = [tape.made(a) for a in made if a is not None]
+            outputs += [copy for write in (*written, *past) for copy in tape.copied(write)]
             for tensor in tensors_in((args, tuple(kwargs.values()), result)):
                 tape.seen(tensor)
             for write, new in zip(written, made, strict=False):  # what was written comes first
@@ -527,9 +529,6 @@ class Recorder(TorchDispatchMode):
                 write.doomed = [handle for handle in write.doomed if write.touches(handle.window)]
         if old.op is None and old.is_source(but=op):
             spare(write, op)
-        known = old.held if old.held is not None else write.watch
-        if write.intact and known is not None and old.version is not None:
-            old.version = known._version  # looking whether it is shared moved it, and nothing is written yet
         self.keeper.before_write(old, op, self._snapshot and bool(write.doomed))
 
     def _rewrite(self, op: Op, opaque: str, write: Write) -> Activation | None:
@@ -673,6 +672,7 @@ class Recorder(TorchDispatchMode):
         try:
             result = self._run(func, traits, args, kwargs, self.modules.current, None)
         except BaseException:
+            count_writes(lists)
             self._failed([*written, *past])
             raise
         seconds = self._room.seconds if self._room.measures else time.perf_counter() - start
@@ -691,6 +691,7 @@ class Recorder(TorchDispatchMode):
         new = [key for key in dict.fromkeys(keys) if key not in self._storages]
         self._count(result)
         outputs = [tape.plain_value(self._storages[key]) for key in new]
+        outputs += [copy for write in (*written, *past) for copy in tape.copied(write)]
         if backward:
             tape.runs(current_node())
         call, temporaries = self.modules.current, self._room.temporaries

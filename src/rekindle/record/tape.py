@@ -15,6 +15,7 @@ from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Ledger, Tracked
 from rekindle.record.modules import ModuleCall
 from rekindle.record.torch_private import use_count
+from rekindle.record.writes import Write
 
 OLDER = "made by an op of an earlier step"
 _OURS = 2  # the alias that Rekindle holds, and the Python object that asks
@@ -61,6 +62,7 @@ class Tape:
         self._running: list[_Asked] = []
         self._node = -1
         self._watched: dict[int, list[int]] = {}
+        self._snapshots: dict[int, int] = {}
         self._tensors: dict[int, weakref.ref[torch.Tensor]] = {}
         self._left: set[int] = set()
         self._states = self._standing = 0
@@ -95,6 +97,18 @@ class Tape:
             )
             self._watched.setdefault(tracked.key, []).append(tracked.value_id - self._base)
         return tracked.value_id - self._base
+
+    def copied(self, write: Write) -> list[int]:
+        """The id of the snapshot that was taken before a write, as made by the op written down next; none if none was.
+        It stays until nothing needs it any more."""
+        old = write.old
+        tracked = self._ledger.find(old.held) if old.snapshot and old.held is not None else None
+        if tracked is None or tracked.key in self._snapshots:
+            return []
+        shape, dtype = tuple(old.window[0]), str(old.window[3]).removeprefix("torch.")
+        draft = _Draft(tracked.nbytes, None, shape, dtype, "", False, why_kept="a snapshot")
+        number = self._snapshots[tracked.key] = self._add(draft) - self._base
+        return [number]
 
     def values_read(self, ledger: Ledger, args: Sequence[Any], kwargs: dict[str, Any]) -> list[int]:
         """The ids of the known values among the arguments, each once."""
@@ -148,6 +162,9 @@ class Tape:
 
     def died(self, tracked: Tracked) -> None:
         """Note the end of a storage."""
+        snapshot = self._snapshots.pop(tracked.key, None)
+        if snapshot is not None:
+            self._values[snapshot].dropped = len(self._ops)
         if tracked.recomputed:
             return
         for number in self._watched.pop(tracked.key, ()):

@@ -4,7 +4,8 @@ Tested on torch 2.13.0 (CPU). `tests/eager/test_torch_private.py` checks each fa
 version which breaks one fails there first.
 
 * Version counters. A tensor made inside `__torch_dispatch__` has a version counter of its own, because the kernel that
-  shares it (`ADInplaceOrView`) has already run. `alias` switches that kernel back on for one `detach`.
+  shares it (`ADInplaceOrView`) has already run. `alias` switches that kernel back on for one `detach`. Which tensors
+  share a counter only shows when it moves; `set_versions` moves it back.
 * Dispatch level. Recorded calls were seen below autograd, autocast and every mode; they must be repeated there, or
   autocast would cast twice and our own recorder would record the repetition.
 * Dynamo. `TorchDispatchMode` wraps its handler in `torch._dynamo.disable`, a third of what a mode costs per op.
@@ -16,7 +17,8 @@ version which breaks one fails there first.
 * Graph tasks. The engine numbers each backward pass and runs callbacks at its end. There is no public way to learn
   either. FSDP and DDP use the same two calls.
 * Calls of modules. PyTorch runs its `always_call` hooks after an Exception, but not after a KeyboardInterrupt; only the
-  stack of frames tells that such a call is over.
+  stack of frames tells that such a call is over. Global pre-hooks are not shown keyword arguments, though most models
+  are called with them; the frame that calls such a hook has them.
 * Disabled hooks. Code that cannot bear saved-tensor hooks disables them, and says why to whoever asks.
 * Compiled code. Inductor's kernels are seen by no dispatcher, and write into what the ops around them made. Only the
   stack of frames tells that an op was called by such code.
@@ -35,7 +37,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from types import FrameType
@@ -135,6 +137,11 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
 
 
+def set_versions(tensors: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
+    """Set the version counters of tensors."""
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))
+
+
 def never_compile(function: Callable[..., Any]) -> None:
     """Keep Dynamo out of a function and of all that it calls."""
     skip = eval_frame._FrameAction.SKIP
@@ -154,6 +161,19 @@ def calls_running(module: torch.nn.Module) -> int:
         frame = frame.f_back
         count += frame.f_code is code and frame.f_locals.get("self") is module
     return count
+
+
+def arguments_of(module: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the innermost call of a module, asked for by one of the global forward pre-hooks."""
+    code = torch.nn.Module._call_impl.__code__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == code.co_filename and frame.f_locals.get("self") is module:
+            known = frame.f_locals
+            if "args" in known and "kwargs" in known:
+                return tuple(known["args"]), dict(known["kwargs"])
+        frame = frame.f_back
+    raise LookupError(f"no call of {type(module).__name__} is running")
 
 
 def in_compiled_code() -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from rekindle.record.activation import Activation, Op, Ref
 from rekindle.record.aliasing import Window, disjoint, window_of
 from rekindle.record.schema import Traits, trains
+from rekindle.record.torch_private import set_versions
 
 _UNCOUNTED = ("aten._fused_", "aten._amp_")  # ops that write to lists and never count it
 
@@ -33,11 +34,10 @@ class Write:
         handles: what autograd saved of `old`.
         doomed: those of them that the write destroys in the sight of autograd, if it asks.
         spared: the ops that read of `old` only what the write does not touch, if `old` is a leaf.
-        intact: nobody has written to it yet where the recorder could not see.
         counted: autograd counts the write, if it sees the tensors.
     """
 
-    __slots__ = ("counted", "doomed", "handles", "intact", "key", "old", "spared", "tensors", "watch", "whole")
+    __slots__ = ("counted", "doomed", "handles", "key", "old", "spared", "tensors", "watch", "whole")
 
     def __init__(self, old: Activation, tensor: Tensor, whole: bool) -> None:
         self.old, self.tensors, self.whole = old, [tensor], whole
@@ -46,7 +46,6 @@ class Write:
         self.handles = list(old.live_handles())
         self.doomed: list[Any] = []
         self.spared: list[Op] = []
-        self.intact = not old.changed()
         self.counted = True
 
     def touches(self, window: Window) -> bool:
@@ -57,11 +56,10 @@ class Write:
 def count_no_write(activation: Activation, tensor: Tensor) -> None:
     """Autograd is about to count a write through `tensor`, though the bytes stay as they are."""
     watch = watch_of(activation)
-    if watch is None or tensor.is_inference() or watch._version != activation.version:
+    if watch is None or tensor.is_inference() or activation.version is None or watch._version != activation.version:
         return
-    torch.autograd.graph.increment_version(tensor)
-    if watch._version != activation.version:
-        activation.version = watch._version + 1
+    if _counted_in([tensor], [watch]) == [True]:
+        activation.version += 1
 
 
 def spare(write: Write, by: Op | None) -> None:
@@ -110,13 +108,20 @@ def seen_handles(write: Write) -> list[Any]:
     What autograd does not see it never misses: `tensor.data` counts apart.
     """
     watches = [watch if (watch := handle.watched()) is not None else write.watch for handle in write.handles]
+    if any(tensor.is_inference() for tensor in write.tensors):
+        return write.handles
+    counted = _counted_in(write.tensors, watches)
+    return [handle for handle, seen in zip(write.handles, counted, strict=True) if seen]
+
+
+def _counted_in(tensors: Sequence[Tensor], watches: Sequence[Tensor | None]) -> list[bool]:
+    """Whether each of `watches` counts the writes to `tensors`; what is not there is taken to."""
+    versions = [tensor._version for tensor in tensors]
     before = [watch._version if watch is not None else -1 for watch in watches]
-    for tensor in write.tensors:
-        if tensor.is_inference():
-            return write.handles
-        torch.autograd.graph.increment_version(tensor)
-    rows = zip(write.handles, watches, before, strict=True)
-    return [handle for handle, watch, version in rows if watch is None or watch._version != version]
+    torch.autograd.graph.increment_version(tensors)
+    counted = [watch is None or watch._version != old for watch, old in zip(watches, before, strict=True)]
+    set_versions(tensors, versions)  # an op counts its write itself, unless it fails
+    return counted
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:

@@ -45,7 +45,7 @@ class Decisions:
     def saved(self, activation: Activation, call: ModuleCall) -> bool:
         """Whether an activation that autograd saves is held from now on."""
         if self._decider is None:
-            return self.follower is None or self.follower.departed
+            return self.follower is None or self.follower.holds(activation)
         if not self._decider.saved(activation.call, call):
             return False
         activation.is_checkpoint = True

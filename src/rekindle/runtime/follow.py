@@ -33,6 +33,8 @@ class PlannedStep:
         asked: which activation autograd asks for, demand by demand.
         turns: what is retained and let go of then; empty if the plan leaves that to the runtime.
         forward: how many activations are made before the first is asked for.
+        whole: whether it is laid out to the end of the step. If not, what runs after the modules is not known, such as
+            the user's loss: what autograd saves there is held, and goes when there is no room.
     """
 
     graph: Graph
@@ -43,14 +45,17 @@ class PlannedStep:
     asked: tuple[int, ...]
     turns: tuple[Turn, ...]
     forward: int
+    whole: bool = True
 
     @classmethod
-    def of(cls, graph: Graph, plan: Plan) -> PlannedStep:
-        """Lay a plan out along the stream of its graph."""
+    def of(cls, graph: Graph, plan: Plan, whole: bool = True) -> PlannedStep:
+        """Lay a plan out along the stream of its graph; not beyond what its modules make, if it is not the `whole`."""
         stream = _evictable(graph)
         names = stream_of(graph)
         if plan.graph is None:
             names = tuple((name, 0) for name, _ in names)
+        if not whole:
+            names = names[: sum(graph.ops[graph.values[value].made_by or 0].call != 0 for value in stream)]
         prefixes = [0]
         for name in names:
             prefixes.append(hash((prefixes[-1], name)))
@@ -65,7 +70,7 @@ class PlannedStep:
         keeps = tuple(plan.keeps(value) for value in stream)
         first = next((demand.before for demand in graph.demands if demand.value in position), 0)
         forward = sum((graph.values[value].made_by or 0) < first for value in stream)
-        return cls(graph, plan, names, keeps, tuple(prefixes), tuple(asked), tuple(turns), forward)
+        return cls(graph, plan, names, keeps, tuple(prefixes), tuple(asked), tuple(turns), forward, whole)
 
 
 class Follower:
@@ -92,6 +97,8 @@ class Follower:
         if step is None:
             return False
         position = self._position
+        if position == len(step.names) and not step.whole:
+            return False
         before = step
         if position >= len(step.names) or not _same(step, position, name, activation.nbytes):
             step = self.step = self._other(position, name, activation.nbytes)
@@ -108,6 +115,13 @@ class Follower:
         activation.position = position
         self._activations[position] = weakref.ref(activation)
         return step.keeps[position]
+
+    def holds(self, activation: Activation) -> bool:
+        """Whether what autograd saves is held though no plan says so."""
+        if self.departed or activation.position < 0:
+            return True
+        step = self.step
+        return step is not None and not step.whole and self._position == len(step.names)
 
     def check(self, standing: int) -> None:
         """Depart if nothing is made yet and more bytes stand than a plan has room for."""
@@ -130,8 +144,9 @@ class Follower:
         try:
             demand = step.asked.index(activation.position, self._demand, self._demand + _MOST_SKIPPED)
         except ValueError:
-            self._depart()
-            return None
+            if step.whole or activation.position in step.asked:
+                self._depart()
+            return None  # else what comes after the modules asks for what they made
         for skipped in step.turns[self._demand : demand]:  # of what autograd holds itself
             self.drop(skipped)
         self._demand = demand + 1

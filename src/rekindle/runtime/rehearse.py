@@ -24,8 +24,8 @@ import torch
 from rekindle._errors import RehearsalError
 from rekindle.graph import Graph
 from rekindle.record.aliasing import Ledger, Window
-from rekindle.record.cost import Device, find_device, seconds
-from rekindle.record.fakes import AsOnCuda, Cost, FakeRecorder, FakeRoom, Fakes
+from rekindle.record.cost import Cost, Device, find_device, seconds
+from rekindle.record.fakes import AsOnCuda, FakeRecorder, FakeRoom, Fakes
 from rekindle.record.modules import ModuleStack
 from rekindle.record.recorder import DEFAULT_MIN_NBYTES
 from rekindle.record.tape import Tape
@@ -86,9 +86,12 @@ def rehearse(
         )
     here = kind in ("cpu", str(torch.accelerator.current_accelerator(check_available=True)).partition(":")[0])
     fakes = Fakes(torch.device(kind if here else "cpu"), kind)
-    model, args, kwargs = fakes.copy((model, tuple(args), dict(kwargs or {})))
-    with nullcontext() if here else AsOnCuda():
-        graph = _Stage(fakes, cost, min_nbytes).play(model, args, kwargs, loss or _loss_of)
+    try:
+        model, args, kwargs = fakes.copy((model, tuple(args), dict(kwargs or {})))
+        with nullcontext() if here else AsOnCuda():
+            graph = _Stage(fakes, cost, min_nbytes).play(model, args, kwargs, loss or _loss_of)
+    finally:
+        fakes.forget()
     return replace(graph, values=tuple(replace(value, device=value.device and kind) for value in graph.values))
 
 

@@ -11,6 +11,7 @@ import torch
 from rekindle._bytes import format_bytes
 from rekindle._errors import BudgetInfeasible
 from rekindle.record.aliasing import Ledger
+from rekindle.record.cost import Cost
 from rekindle.record.modules import ModuleCall
 from rekindle.record.schema import traits_of
 from rekindle.record.sizes import Sizes
@@ -32,7 +33,7 @@ class Room:
         watches: whether memory is looked at before each op.
         measures: whether what every op needs is measured, in the steps that are recorded as a graph.
         hungry: names of the ops whose kernels were seen to take much more than what they return.
-        seconds: what the last op took, while every op is measured.
+        seconds: what the last op took, by the clock or as it was told, while every op is measured.
         temporaries: bytes that its kernel allocated for itself.
     """
 
@@ -44,8 +45,10 @@ class Room:
         budget: int | None,
         watches: bool,
         stats: Callable[[], Stats],
+        cost: Cost | None = None,
     ) -> None:
-        """`budget` is the most bytes that may be live, None if only the levels of pressure count."""
+        """`budget` is the most bytes that may be live, None if only the levels of pressure count; `cost` says what the
+        ops that are measured took, None for what the clock says."""
         self.watches = watches
         self.measures = False
         self.hungry: set[str] = set()
@@ -57,6 +60,7 @@ class Room:
         self._stated = budget
         self._budget = None if budget is None else budget - kept_back(budget)
         self._stats = stats
+        self._cost = cost
         self._sizes = Sizes()
 
     def run(
@@ -97,15 +101,22 @@ class Room:
                 start = time.perf_counter()
                 result = func(*args, **kwargs)
                 self.seconds = time.perf_counter() - start
+                self._tell(func, args, kwargs, result)
                 return result
             result, need, self.seconds = self._sizes.measure(signature, func, args, kwargs)
         except torch.OutOfMemoryError as error:
             return self.rescue(error, func, args, kwargs, random)
+        self._tell(func, args, kwargs, result)
         self._ledger.note(need.nbytes)
         self.temporaries = need.temporaries
         if need.temporaries > _SMALL:
             self.hungry.add(traits_of(func).name)
         return result
+
+    def _tell(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        """Have the seconds of an op told, if they are not to be measured."""
+        if self._cost is not None and self.measures:
+            self.seconds = self._cost(func, args, kwargs, result)
 
     def make(self, nbytes: int, func: Any, call: ModuleCall, guessed: int = 0) -> None:
         """Make room for `nbytes`, and if it can be had for `guessed` more that may be wanted.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections.abc import Hashable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Literal, NoReturn
@@ -12,18 +13,23 @@ from typing import Literal, NoReturn
 import torch
 
 from rekindle._bytes import Amount, format_bytes, parse_bytes
-from rekindle._errors import SessionError, UnknownTensor, UnsupportedContext
+from rekindle._errors import RehearsalError, SessionError, UnknownTensor, UnsupportedContext
 from rekindle.graph import Graph, Plan, verify_plan
 from rekindle.policy import Decider, KeepAll, PerModule, PolicyLike, check_policy, decider_of
 from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Ledger
+from rekindle.record.cost import Roofline
+from rekindle.record.kernels import tensors_of
 from rekindle.record.modules import ModuleStack
 from rekindle.record.recorder import DEFAULT_MIN_NBYTES, Recorder
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import hooks_refused, in_func_transform
+from rekindle.runtime.ahead import Ahead
+from rekindle.runtime.arrival import Arrival
 from rekindle.runtime.checksums import Checksums
 from rekindle.runtime.decide import Decisions
 from rekindle.runtime.eviction import Eviction, EvictionPolicy, Evictor, Sweep
+from rekindle.runtime.follow import Follower, stream_of
 from rekindle.runtime.hooks import SavedTensors
 from rekindle.runtime.learn import Learner
 from rekindle.runtime.pressure import Level, Pressure, default_reader, read_budget
@@ -52,6 +58,8 @@ class Session:
         memory_budget: Amount | None = None,
         headroom: int | str | None = None,
         plan: Plan | None = None,
+        plan_ahead: bool = False,
+        cost: Literal["measured", "roofline"] = "measured",
         inplace: Literal["strict", "snapshot"] = "strict",
         verify: bool = False,
         pressure: Pressure | None = None,
@@ -68,6 +76,12 @@ class Session:
             headroom: bytes of the budget to keep back, such as "500MB". "auto" keeps a twentieth back by itself.
             plan: one made for a budget earlier, such as `Plan.load(path)`, obeyed from the first step on, within that
                 budget. A forward pass that is not the one it was made for is refused.
+            plan_ahead: plan the first step of a new shape before it runs, at its first call of an outermost module that
+                trains, by rehearsing that call and its backward pass on fake tensors. Without it that step makes room
+                op by op. A budget without a plan is refused there, before an op has run. What cannot be rehearsed
+                warns with `RehearsalWarning` and goes on as without. `stats.rehearsals` counts the steps so planned.
+            cost: where the seconds of ops in `session.graph` come from, by which plans are made: "measured" for the
+                clock, or "roofline" for the published rates of the device, with which equal steps give equal plans.
             inplace: with "strict", an in-place write over what autograd saved is an error in the backward pass, as in
                 plain PyTorch; with "snapshot", what was saved survives the write.
             verify: compare each recomputed activation with a checksum of what it was. Slow.
@@ -78,12 +92,20 @@ class Session:
         Raises:
             PolicyError: `policy` is not a policy.
             BytesError: `memory_budget` or `headroom` is not an amount of memory, or nothing is left.
-            SessionError: `inplace` is something else, or `plan` has no graph or is not alone.
+            SessionError: `inplace` or `cost` is something else, nothing is known about the device's rates, `plan` has
+                no graph or is not alone, or `plan_ahead` has no budget to plan for.
         """
         if policy is not None:
             check_policy(policy)
         if inplace not in ("strict", "snapshot"):
             raise SessionError(f'inplace is {inplace!r}. Write inplace="strict" or inplace="snapshot".')
+        if cost not in ("measured", "roofline"):
+            raise SessionError(f'cost is {cost!r}. Write cost="measured" or cost="roofline".')
+        if plan_ahead and (memory_budget is None or policy is not None or plan is not None):
+            raise SessionError(
+                "plan_ahead plans for a memory budget, and for nothing else. Write "
+                'rekindle.Session(memory_budget="6GiB", plan_ahead=True), without a policy or a plan.'
+            )
         if plan is not None:
             _check_plan(plan, policy, memory_budget if memory_budget is not None else headroom)
             memory_budget = plan.forecast.budget if plan.forecast is not None else None
@@ -96,6 +118,8 @@ class Session:
         self._thread: int | None = None
         self._stack: ExitStack | None = None
         self._learner = Learner(policy, self.memory_budget, plan)
+        self._ahead = Ahead(self.memory_budget, min_nbytes) if plan_ahead and self.memory_budget is not None else None
+        self._signature: Hashable = None
         self._graph: Graph | None = plan.graph if plan is not None else None
         self._marks = False
         self._may_rest = memory_budget is None and pressure is None and inplace == "strict" and not verify
@@ -122,7 +146,7 @@ class Session:
             Pressure(default_reader(lambda: ledger.total_nbytes, self.memory_budget)) if pressure is None else pressure
         )
         self._evictor = Evictor(ledger, stats, lambda: self._recorder.number, lambda: self.snapshots.cleanup_stale())
-        room = self._room = Room(ledger, self._evictor, self._pressure, self.memory_budget, watches, stats)
+        room = self._room = Room(ledger, self._evictor, self._pressure, self.memory_budget, watches, stats, _told(cost))
         self.snapshots = Snapshots(ledger, room, stats)
         self._replayer = Replayer(ledger, room, stats, self.modules.name_of)
         self._decisions = Decisions(None, None, self.snapshots, self._step)
@@ -151,13 +175,12 @@ class Session:
         return self
 
     def _open(self) -> None:
-        self._recorder.keeper = self._decisions = self._new_decisions()
+        self._signature = None
+        self._decide_with(self._new_decisions())
         self._recorder.tape = tape = Tape(self._ledger) if self._learner.records else None
         self._ledger.on_end = tape.died if tape is not None else None
         self._room.measures = tape is not None
-        follower = self._decisions.follower
-        self._saved_tensors.follower = follower
-        self._room.watches = self._watches and (self.policy is not None or follower is None)
+        self._room.watches = self._watches and (self.policy is not None or self._decisions.follower is None)
         self._check_standing()
         with ExitStack() as stack:
             self.modules.open()
@@ -185,6 +208,8 @@ class Session:
         finally:
             self._recorder.cut()
         self._learner.ended(self._decisions.follower, self._highest())
+        if tape is None and self._ahead is not None and self._ahead.wants_record(self._signature):
+            self._learner.records = True
         if isinstance(error, RuntimeError) and "saved tensor hooks" in str(error) and "torch.func" in str(error):
             raise UnsupportedContext(
                 "torch.func transforms (grad, vjp, jacrev, hessian) refuse saved-tensor hooks, so they cannot run "
@@ -224,6 +249,10 @@ class Session:
         self._finished.add(self.last_step)
         self._step = Stats()
 
+    def _decide_with(self, decisions: Decisions) -> None:
+        self._recorder.keeper = self._decisions = decisions
+        self._saved_tensors.follower = decisions.follower
+
     def _new_decisions(self) -> Decisions:
         decider: Decider | None = decider_of(self.policy) if self.policy is not None else None
         follower = self._learner.follow()
@@ -240,6 +269,8 @@ class Session:
         graph = self._graph = tape.graph(self.modules.names())
         follower = self._decisions.follower
         self._learner.learn(graph, self._highest(), follower is not None and not follower.departed)
+        if self._ahead is not None and self._signature is not None:
+            self._ahead.recorded(self._signature, self._learner.plans.find(stream_of(graph)) is not None)
         if isinstance(self.policy, PerModule) and (unmatched := self.policy.unmatched(graph)):
             warnings.warn(
                 f"{self.policy!r}: no module that ran is meant by {', '.join(map(repr, unmatched))}, so nothing is "
@@ -261,7 +292,34 @@ class Session:
             self._ledger.track_leaf(tensor)
             if tensor.grad is not None:
                 self._ledger.track_leaf(tensor.grad)
+        if self._ahead is not None and self._signature is None and torch.is_grad_enabled() and _trains(module):
+            self._plan_ahead(self._ahead, Arrival.of(module))
         self._check_standing()
+
+    def _plan_ahead(self, ahead: Ahead, arrival: Arrival) -> None:
+        """Follow a rehearsed plan from here on, and make room where it says too little, if no recorded step gave one.
+
+        Raises:
+            BudgetInfeasible: there is none that fits.
+        """
+        self._signature = arrival.signature
+        if not ahead.knows(arrival.signature):
+            with self.modules.blind():
+                self._step.rehearsals += ahead.rehearse(arrival, self._beside(arrival))
+        step = ahead.step(arrival.signature)
+        if step is not None:
+            follower = Follower((step,))
+            follower.on_departure = self._go_on_line
+            self._decide_with(Decisions(None, follower, self.snapshots, self._step))
+            self._room.watches = True
+            self._step.departures = 0  # from plans for other arguments, by what ran before the call
+
+    def _beside(self, arrival: Arrival) -> int:
+        """Bytes that are there before a call, without the parameters, buffers and arguments of its module."""
+        module = arrival.module
+        known = (*module.parameters(), *module.buffers(), *tensors_of((*arrival.args, *arrival.kwargs.values())))
+        tracked = {found.key: found for tensor in known if (found := self._ledger.track_leaf(tensor)) is not None}
+        return self._ledger.total_nbytes - sum(found.nbytes + found.leaf_nbytes for found in tracked.values())
 
     def _check_standing(self) -> None:
         """Follow no plan if there is more from before the step than when it was made: gradients, say."""
@@ -361,6 +419,8 @@ class Session:
     def plan(self) -> Plan | None:
         """The newest plan, for a budget and for policies that plan from the graph of a step."""
         planned = self._learner.plans.planned
+        if self._ahead is not None and (step := self._ahead.step(self._signature)) is not None:
+            return step.plan
         return planned[0].plan if planned else None
 
     def __reduce__(self) -> NoReturn:
@@ -376,6 +436,24 @@ class Session:
     def __str__(self) -> str:
         budget = "" if self.budget is None else f"\nbudget {self.budget}"
         return f"{self!r}{budget}\n{self.stats}"
+
+
+def _told(cost: str) -> Roofline | None:
+    """Who tells what an op took; None if that is measured."""
+    if cost == "measured":
+        return None
+    roofline = Roofline()
+    place = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if place is not None:
+        try:
+            roofline.of(place)
+        except RehearsalError as error:
+            raise SessionError(f'cost is "roofline", but {error} Or write cost="measured".') from error
+    return roofline
+
+
+def _trains(module: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _check_plan(plan: object, policy: object, memory_budget: object) -> None:

@@ -28,6 +28,7 @@ class Stats:
         escalations: how often the pressure rose to medium or to high.
         rescues: second tries of ops that ran out of memory.
         departures: steps that went otherwise than their plan, and went on without one.
+        rehearsals: steps that were planned before they ran, on fake tensors.
         peak_nbytes: most bytes that the ops of one step had allocated and not yet freed, above what was there when the
             session was entered.
     """
@@ -46,6 +47,7 @@ class Stats:
     escalations: int = 0
     rescues: int = 0
     departures: int = 0
+    rehearsals: int = 0
     peak_nbytes: int = 0
 
     def add(self, other: Stats) -> None:
