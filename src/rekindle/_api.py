@@ -149,6 +149,8 @@ def max_batch(
 
     Nothing is run for real: steps of doubling, then of bisected sizes are rehearsed, which takes a few times as many
     seconds as one rehearsal. Kernels' temporaries are bounds on the CPU, so that a slightly larger batch may fit too.
+    It fits with the plan for that budget (`Session(plan=...)`); the first step of a session without one decides as it
+    goes, and may need more.
 
     Args:
         make_inputs: makes the inputs of a batch of that size, as for `plan`; on the meta device they cost nothing.

@@ -343,7 +343,14 @@ def test_some_policies_decide_as_the_step_runs(policy: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", [ByDepth(2), MemoryOptimal(0.2), SpeedOptimal(0.2), Balanced(0.2), lambda graph: []], ids=repr
+    "policy",
+    [
+        ByDepth(2),
+        MemoryOptimal(0.2),
+        SpeedOptimal(0.2),
+        Balanced(0.2),
+        pytest.param(lambda graph: [], id="the user's own"),
+    ],
 )
 def test_the_others_need_a_graph(policy: Any) -> None:
     """Policies that look at the whole graph, and the user's own, give no decider."""

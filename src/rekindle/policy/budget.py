@@ -4,18 +4,17 @@ Problem: choose what to keep, what to recompute and when, so that no moment of t
 budget, and the ops that are repeated take the fewest seconds.
 Source: prices per byte (`policy.cuts`) within frames that break long recomputations (`policy.frames`), each tried on
 the simulator (`graph.timeline`); between two neighbouring prices layers go from one to the other, the last ones first.
-The lower bound: whatever the schedule, what is live at one moment and what is repeated after it are a cut.
-Regime: thousands of ops take seconds. Candidates are made without looking at the budget and tried from the one that
-recomputes least on, so that a larger budget recomputes no more; for tiny steps that holds by construction.
-Known gaps: one schedule has one price for all layers, or two: near the best on networks of many like layers, up to
-twice the best on short chains of unequal ones. The bound looks at one moment at a time, and is loose where a budget is
-tight.
+What is found is polished (`policy.polish`). The lower bound: whatever the schedule, what is live at one moment and what
+is repeated after it are a cut.
+Regime: thousands of ops take seconds. For tiny steps all budgets are planned for at once, so that a larger one never
+recomputes more; for others that is so as far as measured.
+Known gaps: local optima. The bound looks at one moment at a time, and is loose where a budget is tight.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,18 +22,19 @@ from rekindle._errors import BudgetInfeasible
 from rekindle.graph import Forecast, Graph, Plan, Simulator, Timeline, fullest, simulate
 from rekindle.policy.cuts import Corner, Cuts
 from rekindle.policy.frames import Frame, Sites
+from rekindle.policy.polish import Polisher
 from rekindle.policy.refusal import refusal
 from rekindle.policy.schedule import schedule
 
 _CORNERS = 32  # prices tried in each frame
-_HOLDS = (0.7, 0.4)  # of the prices, at which what a replay makes is held
-_LITTLE = 0.25  # of the forward pass; who repeats less need not be thrifty while it replays
-_NEAR = 1.05  # times the lower bound; nor does who is as near
 _LOWERINGS = 16  # searches for a plan below the lowest one known; a large step has time for one
-_FEW = 24  # ops; for a step with no more of them, everything is tried at every budget
-_RUNGS = 256  # budgets
+_FEW = 40  # ops of the forward pass; for a step with no more of them, all budgets are planned for at once
+_FRONT = 60_000  # ops played for that
+_STARTS = 8  # budgets from whose plans on the others are looked for
+_POLISH = 100_000  # ops played to polish one plan
+_TRIES = 20, 300  # at least and at most, whatever the size of the step
 _ONCE = 0.7  # of the forward pass; who repeats less needs no frames in which some ops are repeated twice
-_DEEP = 6  # frames in which more is kept than what crosses their cuts
+_DEEP = 6  # frames of which the lowest peak is looked for
 _HALVINGS = 8  # of the way from one price to the next
 _MOMENTS = 4  # for which the lower bound is computed
 
@@ -75,10 +75,12 @@ class Planner:
         self._must = (constraints.must_keep | crossing) - self._barred
         self._frames = list(self._sites.frames())
         self._deep_frames = list(self._sites.deep_frames())
+        self._all_frames = [*self._frames, *self._deep_frames]
         self._corners: dict[tuple[int, ...], list[Corner]] = {}
         keep_all = Plan(frozenset(self._wanted) - self._barred)
         self._everything = _Candidate(keep_all, simulate(graph, keep_all))
         self._all = frozenset(v.number for v in graph.values if v.evictable)
+        self._polisher = Polisher(self.simulator, self._must, self._barred)
         self._small = len(graph.forward) <= _FEW
         self._bare = self.simulator.bare()
         self._high = self._everything.timeline.peak_at
@@ -104,7 +106,7 @@ class Planner:
 
     def find(self, budget: int) -> Plan | None:
         """The same, None if no plan is found; without a look for the floor, which takes several times as long."""
-        found = self._on_ladder(budget) if self._small else self._find(budget)
+        found = self._on_front(budget) if self._small else self._find(budget)
         return None if found is None else self._promise(found, budget)
 
     def _promise(self, found: _Candidate, budget: int) -> Plan:
@@ -118,23 +120,31 @@ class Planner:
         """The smallest budget for which there is a plan."""
         return self._lowest.timeline.peak
 
-    def _on_ladder(self, budget: int) -> _Candidate | None:
-        fitting = [candidate for candidate in self._ladder if candidate.timeline.peak <= budget]
+    def _on_front(self, budget: int) -> _Candidate | None:
+        fitting = [candidate for candidate in self._front if candidate.timeline.peak <= budget]
         return min(fitting, key=lambda candidate: candidate.timeline.seconds, default=None)
 
     @cached_property
-    def _ladder(self) -> list[_Candidate]:
-        """What is found for each budget at which something else is found, down to the lowest."""
-        ladder = [self._everything]
-        while len(ladder) < _RUNGS and (found := self._find(ladder[-1].timeline.peak - 1)) is not None:
-            ladder.append(found)
-        return [*ladder, self._lowest]
+    def _front(self) -> list[_Candidate]:
+        """The best plans for all budgets."""
+        tries = _FRONT // max(1, len(self.graph.ops))
+        low, high = self._low.timeline.peak, self.full
+        between = (self._find(low + (high - low) * place // _STARTS) for place in range(1, _STARTS))
+        frames = (self._least(frame, holds) for frame in self._all_frames for holds in (self._all, None))
+        starts = [self._everything, *(found for found in between if found is not None), self._low, *frames]
+        drafts = self._polisher.front((start.plan for start in starts), tries)
+        return [*(_Candidate(draft.plan, draft.timeline) for draft in drafts), *starts]
+
+    @property
+    def _lowest(self) -> _Candidate:
+        """The plan with the lowest peak."""
+        return min(self._front, key=lambda candidate: candidate.timeline.peak) if self._small else self._low
 
     @cached_property
-    def _lowest(self) -> _Candidate:
-        """The plan with the lowest peak: what frames need at least, and then what is found below that."""
-        frames = sorted((*self._frames, *self._deep_frames), key=lambda frame: self._least(frame, None).timeline.peak)
-        tried = [self._least(frame, holds) for frame in frames[:_DEEP] for holds in self._holds_of(frame, True)]
+    def _low(self) -> _Candidate:
+        """A plan with a low peak: what frames need at least, and then what is found below that."""
+        frames = sorted(self._all_frames, key=lambda frame: self._least(frame, None).timeline.peak)
+        tried = [self._least(frame, holds) for frame in frames[:_DEEP] for holds in (self._all, None)]
         lowest = min((self._everything, *tried), key=lambda candidate: candidate.timeline.peak)
         for _ in range(_LOWERINGS if self._small else 1):
             found = self._find(lowest.timeline.peak - 1)
@@ -157,41 +167,24 @@ class Planner:
             return self._everything
         if budget < self.graph.standing:
             return None
-        forward = sum(op.seconds for op in self.graph.forward)
         best: _Candidate | None = None
-        for thrifty, share in ((False, 0.0), (True, _LITTLE)):
-            enough = max(share * forward, _NEAR * self.bound(budget))
-            if not self._small and best is not None and best.timeline.seconds < enough:
-                return best
-            for frame in self._frames:
-                best = self._search(frame, budget, best, thrifty)
-        if not self._small and best is not None and best.timeline.seconds < _ONCE * forward:
-            return best
-        found: list[tuple[float, int]] = []
-        for index, frame in enumerate(self._deep_frames):
-            candidate = self._try(frame, frozenset(), budget, True)
-            if candidate is not None and candidate is _better(candidate, best):
-                best = _better(candidate, best)
-                found.append((candidate.timeline.seconds, index))
-        for _, index in sorted(found)[:_DEEP]:
-            best = _better(self._climb(self._deep_frames[index], budget), best)
+        for frame in self._frames:
+            best = self._search(frame, budget, best)
+        deep: _Candidate | None = None
+        if best is None or best.timeline.seconds > _ONCE * sum(op.seconds for op in self.graph.forward):
+            for frame in self._deep_frames:
+                deep = _better(self._try(frame, frozenset(), budget), deep)
+        for start in (best, deep, self._everything):
+            best = _better(start and self._polished(start, budget), best)
         return best
 
-    def _climb(self, frame: Frame, budget: int) -> _Candidate | None:
-        """The best plan in a frame that fits at the highest price, by halving the prices."""
-        corners = self._corners_of(frame)
-        best: _Candidate | None = None
-        fits, fails = 0, len(corners)
-        while fails - fits > 1:
-            middle = (fits + fails) // 2
-            found = self._try(frame, corners[middle].kept, budget, True)
-            if found is None:
-                fails = middle
-            else:
-                fits, best = middle, _better(found, best)
-        return best
+    def _polished(self, start: _Candidate, budget: int) -> _Candidate | None:
+        least, most = _TRIES
+        tries = max(least, min(most, _POLISH // max(1, len(self.graph.ops))))
+        draft = self._polisher.polish(start.plan, budget, tries)
+        return None if draft is None else _Candidate(draft.plan, draft.timeline)
 
-    def _search(self, frame: Frame, budget: int, best: _Candidate | None, thrifty: bool) -> _Candidate | None:
+    def _search(self, frame: Frame, budget: int, best: _Candidate | None) -> _Candidate | None:
         """The best plan in a frame, if it is better than `best`."""
         if best is not None and self._bound_in(frame, budget) >= best.timeline.seconds:
             return best
@@ -200,17 +193,17 @@ class Planner:
         for corner in reversed(corners):
             if best is not None and corner.seconds >= best.timeline.seconds:
                 return best
-            found = self._try(frame, corner.kept, budget, thrifty)
+            found = self._try(frame, corner.kept, budget)
             if found is None:
                 above = corner
                 continue
             best = _better(found, best)
             if above is not None and above.seconds < found.timeline.seconds:
-                best = _better(self._between(frame, corner, above, budget, thrifty), best)
+                best = _better(self._between(frame, corner, above, budget), best)
             return best
         return best
 
-    def _between(self, frame: Frame, low: Corner, high: Corner, budget: int, thrifty: bool) -> _Candidate | None:
+    def _between(self, frame: Frame, low: Corner, high: Corner, budget: int) -> _Candidate | None:
         """The best plan with the cheaper treatment `high` for what the last ops make, and `low` for the rest."""
         made_by = self.simulator.made_by
         places = sorted({made_by[value] or 0 for value in low.kept ^ high.kept}, reverse=True)
@@ -224,36 +217,24 @@ class Planner:
             kept = {v for v in low.kept if (made_by[v] or 0) < place} | {
                 v for v in high.kept if (made_by[v] or 0) >= place
             }
-            found = self._try(frame, frozenset(kept), budget, thrifty)
+            found = self._try(frame, frozenset(kept), budget)
             if found is None:
                 fails = middle
             else:
                 fits, best = middle, _better(found, best)
         return best
 
-    def _try(self, frame: Frame, kept: frozenset[int], budget: int, thrifty: bool) -> _Candidate | None:
-        """The plan that keeps `kept`, and of the ways to replay the rest the quickest that fits. `thrifty` ones hold
-        less of what they make."""
+    def _try(self, frame: Frame, kept: frozenset[int], budget: int) -> _Candidate | None:
+        """The plan that keeps `kept` and holds all that a replay makes, or if that does not fit what is asked for."""
         kept = kept | self._held(frame)
         if self._bare[self._high] + sum(self._weights[value] for value in kept) > budget:
             return None
-        best: _Candidate | None = None
-        for holds in self._holds_of(frame, thrifty):
+        for holds in (self._all, None):
             plan = schedule(self.simulator, self._sites, frame, kept, holds)
             timeline = self.simulator.run(plan, budget)
             if timeline is not None:
-                best = _better(_Candidate(plan, timeline), best)
-                if holds is self._all:
-                    break
-        return best
-
-    def _holds_of(self, frame: Frame, thrifty: bool) -> Iterator[Container[int] | None]:
-        """What replays may hold: all that they make, all that is asked for, or only what is worth it at some price."""
-        yield self._all
-        yield None
-        corners = self._corners_of(frame) if thrifty else []
-        for part in _HOLDS if thrifty else ():
-            yield corners[int(part * (len(corners) - 1))].kept
+                return _Candidate(plan, timeline)
+        return None
 
     def _least(self, frame: Frame, holds: Container[int] | None) -> _Candidate:
         plan = schedule(self.simulator, self._sites, frame, self._held(frame), holds)

@@ -1,19 +1,69 @@
-"""From what is kept to a whole plan: what each replay holds on to, and when everything goes.
+"""From what is held to a whole plan: what each replay holds on to, and when everything goes.
 
-Problem: a set of checkpoints does not say yet what of a replay is held for later, nor until when.
-Source: what is wanted later in the same leaf of the frame is held, and what the frame says, until it is used for the
-last time; a first pass over the step finds out when that is.
+Problem: what is kept, and what is held of a replay for later, does not say yet until when.
+Source: a first pass over the step finds out what is replayed and when everything is used for the last time; then it
+goes. What is held is said by a frame, leaf by leaf (`schedule`), or for each value by itself (`hold`).
 Regime: linear in what is replayed.
 Known gaps: a value is held from one replay on without a gap; it never goes to be replayed once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Iterable, Mapping
+from typing import TypeAlias
 
 from rekindle.graph import Plan, Turn
 from rekindle.graph.timeline import Simulator
 from rekindle.policy.frames import Frame, Sites
+
+FORWARD = -1
+NEVER = 1 << 62
+
+Since: TypeAlias = Mapping[int, int]
+"""From when on each value is held until it is used for the last time: from `FORWARD`, when the forward pass makes it,
+or from the demand at that position, if its replay makes it. What is not in it never is."""
+
+
+class _FirstPass:
+    """What a first pass over a step finds out.
+
+    Attributes:
+        uses: for each value, the positions of the demands that it is made for, or whose replays read it.
+    """
+
+    def __init__(self, simulator: Simulator) -> None:
+        self._simulator = simulator
+        self._made: dict[int, frozenset[int]] = {}
+        self.uses: dict[int, list[int]] = {}
+
+    def use(self, position: int, ops: list[int]) -> set[int]:
+        """Note what a replay uses, or what is handed over without one; returns what it makes."""
+        outputs, sources = self._simulator.outputs, self._simulator.sources
+        fresh = {value for number in ops for value in outputs[number]}
+        read = {source for number in ops for source in sources[number] if source not in fresh}
+        for value in (self._simulator.graph.demands[position].value, *read):
+            self.uses.setdefault(value, []).append(position)
+        return fresh
+
+    def hold(self, position: int, values: Iterable[int]) -> Turn:
+        """Have a replay hold what it makes until its last use."""
+        self._made[position] = frozenset(values)
+        return Turn(self._made[position])
+
+    def plan(self, kept: Collection[int]) -> Plan:
+        """The plan that lets go of everything when it was used last."""
+        last = {value: positions[-1] for value, positions in self.uses.items()}
+        dropped: dict[int, list[int]] = {}
+        for value, position in last.items():
+            dropped.setdefault(position, []).append(value)
+        turns = tuple(
+            Turn(
+                frozenset(v for v in self._made.get(position, ()) if last.get(v, -1) > position),
+                tuple(sorted(dropped.get(position, ()))),
+            )
+            for position in range(len(self._simulator.graph.demands))
+        )
+        return Plan(frozenset(value for value in kept if value in last), turns)
 
 
 def schedule(
@@ -27,13 +77,12 @@ def schedule(
     graph, made_by = simulator.graph, simulator.made_by
     last_demand = {demand.value: position for position, demand in enumerate(graph.demands)}
     barred = {value.number for value in graph.values if value.overwritten is not None}
-    last_use: dict[int, int] = {}
-    made: dict[int, list[int]] = {}
+    first = _FirstPass(simulator)
     reached = list(range(len(frame.cuts)))  # leaves yet to be reached by a replay; the forward pass reached the last
 
     def turn(position: int, ops: list[int]) -> Turn:
         target = graph.demands[position].value
-        last_use[target] = position
+        fresh = first.use(position, ops)
         if not ops:
             return Turn()
         maker = made_by[target]
@@ -43,29 +92,36 @@ def schedule(
         while reached and reached[-1] >= leaf:  # some leaves needed no replay: what they asked for crossed a cut
             for cut in frame.held[reached.pop()]:
                 held |= sites.crossing[cut] if cut <= maker else frozenset()
-        fresh = {value for number in ops for value in graph.ops[number].outputs}
         for number in ops:
-            for source in simulator.sources[number]:
-                if source not in fresh:
-                    last_use[source] = position
             if frame.leaf(number) == leaf:
                 outputs = graph.ops[number].outputs
                 if holds is None:
                     held.update(v for v in outputs if last_demand.get(v, -1) > position)
                 else:
                     held.update(v for v in outputs if v in holds)
-        made[position] = [v for v in (fresh & held) - barred if v != target]
-        return Turn(frozenset(made[position]))
+        return first.hold(position, (v for v in (fresh & held) - barred if v != target))
 
     simulator.play(kept, turn)
-    dropped: dict[int, list[int]] = {}
-    for value, position in last_use.items():
-        dropped.setdefault(position, []).append(value)
-    turns = tuple(
-        Turn(
-            frozenset(v for v in made.get(position, ()) if last_use.get(v, -1) > position),
-            tuple(sorted(dropped.get(position, ()))),
-        )
-        for position in range(len(graph.demands))
-    )
-    return Plan(frozenset(value for value in kept if value in last_use), turns)
+    return first.plan(kept)
+
+
+def hold(simulator: Simulator, since: Since) -> tuple[Plan, dict[int, list[int]]]:
+    """A plan that holds each value from when `since` says, and for each value the demands that use it."""
+    first = _FirstPass(simulator)
+    kept = [value for value, start in since.items() if start == FORWARD]
+
+    def turn(position: int, ops: list[int]) -> Turn:
+        fresh = first.use(position, ops)
+        return first.hold(position, (v for v in fresh if since.get(v, NEVER) <= position)) if ops else Turn()
+
+    simulator.play(kept, turn)
+    return first.plan(kept), first.uses
+
+
+def since_of(plan: Plan) -> dict[int, int]:
+    """From when on a plan holds each value."""
+    since = dict.fromkeys(plan.kept, FORWARD)
+    for position, turn in enumerate(plan.turns):
+        for value in turn.retained:
+            since.setdefault(value, position)
+    return since
