@@ -207,7 +207,8 @@ class Machine:
 def kind_of(error: BaseException) -> str:
     """The name of the kind of an error that is alike for plain PyTorch and for Rekindle."""
     if isinstance(error, RuntimeError):
-        return "overwritten" if "modified by an inplace operation" in str(error) else "RuntimeError"
+        written = "modified inplace" in str(error) or "modified by an inplace operation" in str(error)
+        return "overwritten" if written else "RuntimeError"
     return type(error).__name__
 
 
