@@ -6,6 +6,7 @@ import gc
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -19,9 +20,10 @@ from rekindle.record.tape import Tape
 from rekindle.runtime import replay
 from watch import living, living_tensors, modes
 
-pytestmark = pytest.mark.usefixtures("counting")
-
-pytestmark = pytest.mark.filterwarnings("ignore:PerModule.*no module that ran")  # some models here have no Layer
+pytestmark = [
+    pytest.mark.usefixtures("counting"),
+    pytest.mark.filterwarnings("ignore:PerModule.*no module that ran"),  # some models here have no Layer
+]
 
 POLICIES = [
     None,
@@ -374,3 +376,48 @@ def test_garbage_collected_while_recording(monkeypatch):
     for parameter in model.parameters():
         parameter.register_hook(litter)
     assert all(map(same_bits, plain, train_step(model, session)))
+
+
+# -- what goes in the backward pass ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", [lambda y: y, lambda y: y.detach().softmax(1)], ids=["output", "of the output"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: rekindle.Session(memory_budget="1GiB"),
+        lambda: rekindle.Session(rekindle.EveryN(2), min_nbytes=0),
+        lambda: rekindle.Session(rekindle.EveryN(1), min_nbytes=0, inplace="snapshot"),
+    ],
+    ids=["budget", "every-2", "snapshots"],
+)
+def test_what_user_code_holds_keeps_nothing_else(
+    make: Callable[[], rekindle.Session], held: Callable[[Tensor], Tensor]
+) -> None:
+    """Logits that are kept for a metric are kept, and no activation that they were made from: the backward pass lets
+    go of one after the other, as plain PyTorch does."""
+    model, x = small_model(6), small_batch(0)
+
+    def live(session: rekindle.Session, hold: bool) -> list[int]:
+        seen: list[int] = []
+        model.zero_grad()
+        torch.manual_seed(0)
+        with session:
+            output = model(x)
+            kept = held(output)
+            loss = output.mean()
+            del output
+            if not hold:
+                del kept
+            hooks = [
+                layer.up.weight.register_post_accumulate_grad_hook(lambda _: seen.append(session.live_nbytes))
+                for layer in model[:-1]
+            ]
+            loss.backward()
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    holding, session = make(), make()
+    for _ in range(3):
+        assert {a - b for a, b in zip(live(holding, True), live(session, False), strict=True)} <= {x.nbytes}

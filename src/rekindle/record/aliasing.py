@@ -112,7 +112,8 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
         nbytes: its size as counted in the live bytes; 0 for one that was there before (a parameter, an input).
         leaf_nbytes: the size of one that was there before; else 0.
         owned: the value it holds now, while somebody else keeps the bytes alive.
-        lent: the same, weakly, while the activation itself holds the bytes: owning it here would keep both for ever.
+        lent: the same, weakly, while the activation itself holds the bytes: owning it here would keep both for ever; or
+            while a backward pass runs: owning it would keep all that it was made from.
         past: weakly, the values from before a cut that it holds still: ops to come must not read them, but a write
             destroys them too.
         recomputed: it holds a replayed copy, whose end is not an eviction.
@@ -226,6 +227,15 @@ class Ledger:
         else:
             self.leaf_nbytes += nbytes - tracked.leaf_nbytes
             tracked.leaf_nbytes = nbytes
+
+    def loosen(self) -> None:
+        """Know the values without owning them: one that user code holds would keep, through its op, all that it was
+        made from, though nothing is going to be computed from it."""
+        for tracked in list(self.storages.values()):
+            owned = tracked.owned
+            if owned is not None:
+                tracked.value_id = owned.value_id
+                tracked.lend(owned)
 
     def forget_activations(self) -> None:
         """Let go of the values, and so of the ops behind them: what a storage held before the cut is a leaf now."""

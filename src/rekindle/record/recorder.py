@@ -120,6 +120,8 @@ class Recorder(TorchDispatchMode):
             self._graph_task = graph_task
             self._settle()
             when_backward_ends(self._backward_ended)
+            if not torch.is_grad_enabled():  # else what is computed now may be recomputed from what is there
+                self.ledger.loosen()
         if traits.reshapes:
             return self._reshape(func, args, kwargs)
         grad_mode = _grad_mode()

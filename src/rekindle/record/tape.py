@@ -202,7 +202,8 @@ class Tape:
         for key in left:
             tracked = self._ledger.storages.get(key)
             storage = tracked() if tracked is not None else None
-            if tracked is None or tracked.lent is None or storage is None or use_count(storage) > _OURS:
+            holder = tracked.lent() if tracked is not None and tracked.lent is not None else None
+            if holder is None or holder.held is None or storage is None or use_count(storage) > _OURS:
                 continue
             for number in self._watched.get(key, ()):
                 draft = self._values[number]

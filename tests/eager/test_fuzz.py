@@ -1,0 +1,258 @@
+"""Fuzzing: programs by chance under sessions by chance leave behind what they leave without one, bit for bit.
+
+`make test` runs the same few hundred examples each time; `REKINDLE_TESTS=full` in the environment runs thousands, other
+ones each time. What they found is a test of its own beside its subject.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch._dynamo  # else imported in the middle of a step, by a shape function, with frames that stay
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+
+import rekindle
+from helpers import same_bits
+from peak import peak_bytes
+from programs import Block, Program, Twin, programs, programs_within
+from rekindle import FakeReader, Pressure, Session
+from rekindle.graph import Graph
+from watch import living, modes
+
+pytestmark = [
+    pytest.mark.usefixtures("counting", "leaving_nothing"),
+    pytest.mark.filterwarnings("ignore:PerModule"),  # of modules that ran no op
+    pytest.mark.filterwarnings("ignore:Use of .* on expanded tensors"),
+]
+FULL = os.environ.get("REKINDLE_TESTS") == "full"
+POLICIES: dict[str, Callable[[], Any]] = {
+    "none given": lambda: None,
+    "keep all": rekindle.KeepAll,
+    "keep none": rekindle.KeepNone,
+    "every 2": lambda: rekindle.EveryN(2),
+    "every 3": lambda: rekindle.EveryN(3),
+    "by depth": lambda: rekindle.ByDepth(3),
+    "memory": lambda: rekindle.MemoryOptimal(0.3),
+    "speed": lambda: rekindle.SpeedOptimal(0.3),
+    "balanced": lambda: rekindle.Balanced(0.2),
+    "per module": lambda: rekindle.PerModule(Block),
+    "per name": lambda: rekindle.PerModule("blocks.0"),
+    "own": lambda: _every_other,
+    "own nothing": lambda: _nothing,
+}
+
+
+def _every_other(graph: Graph) -> Iterable[int]:
+    return [value.number for value in graph.evictable if value.number % 2]
+
+
+def _nothing(graph: Graph) -> Iterable[int]:
+    return []
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a session is made. `pressure` is in percent."""
+
+    policy: str = "keep none"
+    inplace: Literal["strict", "snapshot"] = "strict"
+    min_nbytes: int = 0
+    verify: bool = False
+    pressure: int | None = None
+
+    def session(self, budget: int | None = None) -> Session:
+        """A new one."""
+        return Session(
+            POLICIES[self.policy](),
+            memory_budget=budget,
+            inplace=self.inplace,
+            min_nbytes=self.min_nbytes,
+            verify=self.verify,
+            pressure=None if self.pressure is None else Pressure(FakeReader(self.pressure, 100)),
+        )
+
+
+SETTINGS = st.builds(
+    Setting,
+    st.sampled_from(sorted(POLICIES)),
+    st.sampled_from(["strict", "strict", "snapshot"]),
+    st.sampled_from([0, 0, 100, 1024]),
+    st.sampled_from([False, False, False, True]),
+    st.sampled_from([None, None, None, 80, 95]),
+)
+
+
+def fuzzed(examples: int) -> settings:
+    """The same examples each time, or in full runs a hundred times as many, others each time."""
+    return settings(
+        deadline=None,
+        max_examples=examples * (100 if FULL else 1),
+        derandomize=not FULL,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def differences(plain: dict[str, Any], managed: dict[str, Any]) -> list[str]:
+    """The names of what two steps left behind and differs."""
+    names = plain.keys() | managed.keys()
+    return sorted(name for name in names - {"why"} if not alike(plain.get(name), managed.get(name)))
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether they are equal, tensors and their gradients bit for bit."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return bool(one == other)
+    return same_bits(one, other) and (not one.is_leaf or alike(one.grad, other.grad))
+
+
+def assert_clean(session: Session) -> None:
+    """No mode, no hook, no tape is left."""
+    assert modes() == 0
+    assert not torch_module._global_forward_hooks
+    assert not torch_module._global_forward_pre_hooks
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    assert session._thread is None
+    assert session._recorder.tape is None
+
+
+def assert_nothing_lives(collect: bool) -> None:
+    """Nobody holds a record any more. What a failed backward pass held goes with the next one."""
+    for _ in range(2 * collect):
+        torch.ones(1, requires_grad=True).sum().backward()
+        gc.collect()
+    assert not living()
+
+
+def overwritten(left: dict[str, Any]) -> bool:
+    """Whether PyTorch refused to go on with something that was written over."""
+    kinds = [left.get("backward"), *(kind for name in left if name.endswith("log") for _, kind in left[name])]
+    return "overwritten" in kinds
+
+
+def check(program: Program, setting: Setting) -> None:
+    """Run it plain and managed. What plain PyTorch refuses as overwritten, a session refuses too, or gives the numbers
+    that are right as if all that is saved were copied; a session that takes snapshots always does the latter."""
+    gc.collect()
+    gc.freeze()
+    if setting.inplace == "snapshot" and program.carry == "attached":
+        program = replace(program, carry="detached")  # nobody takes snapshots while the optimizer steps
+    session = setting.session()
+    managed, plain = Twin(program, session), Twin(program, None, setting.inplace == "snapshot")
+    copies = None if setting.inplace == "snapshot" else Twin(program, None, copies=True)
+    for number in range(len(program.ends)):
+        expected, actual = plain.step(number), managed.step(number)
+        right = expected if copies is None else copies.step(number)
+        wrong = differences(expected, actual)
+        if wrong and overwritten(expected):
+            wrong = differences(right, actual)
+            plain = copies or plain
+        assert not wrong, (number, wrong, actual.get("why"), expected.get("why"))
+        assert_clean(session)
+        rough = bool(program.fault) or "backward" in actual or actual.get("log")
+        del expected, actual, right
+        if program.carry != "attached":
+            assert_nothing_lives(bool(rough))
+        if plain is copies:
+            break
+    del managed, plain, copies
+    assert_nothing_lives(collect=True)
+    assert session._ledger.total_nbytes == 0
+    assert session.snapshots.nbytes == 0
+
+
+@fuzzed(200)
+@given(programs(), SETTINGS)
+def test_any_program(program: Program, setting: Setting) -> None:
+    """Outputs, losses, gradients, inputs that are written to, buffers, random states; errors where plain PyTorch has
+    them; nothing is left behind."""
+    check(program, setting)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A budget: a share of what the first step takes beside what is there anyway, with room for all."""
+
+    share: float = 0.5
+    policy: str = "none given"
+    inplace: Literal["strict", "snapshot"] = "strict"
+    min_nbytes: int = 0
+
+
+LIMITS = st.builds(
+    Limit,
+    st.sampled_from([1.1, 1.0, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4]),
+    st.sampled_from(["none given"] * 4 + ["keep none", "every 2", "memory", "own"]),
+    st.sampled_from(["strict", "strict", "snapshot"]),
+    st.sampled_from([0, 512, 1024]),
+)
+
+
+def budget_for(program: Program, limit: Limit) -> int:
+    """The budget in bytes."""
+    session = Session(memory_budget="1GiB", min_nbytes=limit.min_nbytes, inplace=limit.inplace)
+    Twin(program, session).step(0)
+    standing, peak = session._ledger.leaf_nbytes, session._ledger.peak_nbytes
+    return standing + int(limit.share * peak)
+
+
+class Allocated:
+    """Runs a step, and has the allocator say how many bytes it had for itself at its peak."""
+
+    peak = 0
+
+    def __call__(self, step: Callable[[], None]) -> None:
+        self.peak = peak_bytes(step)
+
+
+def check_budget(program: Program, limit: Limit) -> None:
+    """Run it plain and within a budget, which is never exceeded. Where it cannot be met, that is said, and the next
+    step goes on from where plain PyTorch is."""
+    gc.collect()
+    gc.freeze()
+    budget = budget_for(program, limit)
+    session = Session(
+        POLICIES[limit.policy](), memory_budget=budget, inplace=limit.inplace, min_nbytes=limit.min_nbytes
+    )
+    managed, plain = Twin(program, session), Twin(program, None, limit.inplace == "snapshot")
+    for number in range(len(program.ends)):
+        expected = plain.step(number)
+        if overwritten(expected):
+            return
+        allocated = Allocated()
+        try:
+            actual = managed.step(number, allocated)
+        except rekindle.BudgetInfeasible:
+            managed.take_over(plain)
+        else:
+            wrong = differences(expected, actual)
+            assert not wrong, (number, wrong, actual.get("why"), expected.get("why"))
+            standing = sum(tensor.nbytes for tensor in managed.net.state_dict().values())
+            assert standing + allocated.peak <= budget, (number, standing + allocated.peak - budget, session.last_step)
+            assert session._highest() <= budget
+        assert_clean(session)
+        del expected
+        actual = {}
+        gc.collect()
+    del managed, plain
+    assert_nothing_lives(collect=True)
+    assert session._ledger.total_nbytes == 0
+
+
+@fuzzed(50)
+@given(programs_within(), LIMITS)
+def test_any_budget(program: Program, limit: Limit) -> None:
+    """Any program within any budget: no bit differs, and the allocator's own peak stays below."""
+    check_budget(program, limit)
+
+
+HUNT = {"any": (check, (programs(), SETTINGS)), "budget": (check_budget, (programs_within(), LIMITS))}
