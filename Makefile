@@ -6,8 +6,10 @@
 # make clean   remove what the others made
 #
 # PYTHON names the interpreter that .venv is made with: make demo PYTHON=python3.12
+# WORKERS is how many processes run the tests side by side, each on one thread: make test WORKERS=8
 
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
@@ -22,7 +24,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/smoke
-	$(BIN)/python -m pytest --ignore=tests/smoke
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/smoke --numprocesses=$(WORKERS) --dist=loadfile
 	@$(MAKE) --no-print-directory lint
 
 test-full: export REKINDLE_TESTS := full

@@ -24,6 +24,7 @@ from rekindle._errors import (
     RecomputeError,
     RecomputeMismatch,
     RehearsalError,
+    RehearsalWarning,
     RekindleError,
     SavedTensorModified,
     SessionError,
@@ -34,7 +35,6 @@ from rekindle.graph import Graph, Plan, load_graph, print_plans_with, save_graph
 from rekindle.policy import Balanced, ByDepth, EveryN, KeepAll, KeepNone, MemoryOptimal, PerModule, SpeedOptimal
 from rekindle.record.activation import Activation
 from rekindle.report import describe_plan
-from rekindle.runtime.ahead import RehearsalWarning
 from rekindle.runtime.eviction import Eviction, EvictionPolicy, Sweep
 from rekindle.runtime.pressure import AcceleratorReader, FakeReader, Level, LiveReader, MemoryReader, Pressure
 from rekindle.runtime.session import Session

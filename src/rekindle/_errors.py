@@ -11,6 +11,7 @@ RekindleError
 |-- PressureError          thresholds of memory pressure that make no sense
 |-- BudgetInfeasible       the step does not fit, whatever is evicted
 |-- RehearsalError         a step that cannot be run without data
+|-- RehearsalWarning       the same, where the session can go on: warned of, and raised only if you ask for that
 `-- RecomputeError         what was evicted cannot be brought back
     |-- LeafModified       a parameter or input that it is recomputed from was changed since
     |-- RecomputeMismatch  the op gave something else when it was repeated
@@ -62,6 +63,10 @@ class BudgetInfeasible(RekindleError, RuntimeError):
 
 class RehearsalError(RekindleError, RuntimeError):
     """A step that cannot be run on fake tensors, which have no data."""
+
+
+class RehearsalWarning(RekindleError, UserWarning):
+    """A step that was to be planned ahead cannot be rehearsed; it makes room op by op and is recorded instead."""
 
 
 class RecomputeError(RekindleError, RuntimeError):

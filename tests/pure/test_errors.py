@@ -39,12 +39,17 @@ def test_every_error_is_a_rekindle_error(name: str) -> None:
     assert getattr(rekindle, name) is ERRORS[name]
 
 
-@pytest.mark.parametrize("name", sorted(ERRORS.keys() - {"RekindleError"}))
+@pytest.mark.parametrize("name", sorted(ERRORS.keys() - {"RekindleError", "RehearsalWarning"}))
 def test_every_error_is_also_one_that_python_knows(name: str) -> None:
     """Code that never heard of Rekindle can handle its errors: wrong arguments are ValueError, others RuntimeError."""
     about_arguments = {"BytesError", "PolicyError", "PressureError", "GraphError", "UnknownTensor"}
     assert issubclass(ERRORS[name], ValueError) == (name in about_arguments)
     assert issubclass(ERRORS[name], RuntimeError) == (name not in about_arguments)
+
+
+def test_a_warning_is_one_that_python_knows() -> None:
+    """What a session warns of can be filtered as a user's warning, and caught with the others once it is an error."""
+    assert issubclass(ERRORS["RehearsalWarning"], UserWarning)
 
 
 @pytest.mark.parametrize("name", sorted(ERRORS))

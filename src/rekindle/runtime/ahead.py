@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from rekindle._errors import RehearsalError
+from rekindle._errors import RehearsalError, RehearsalWarning
 from rekindle.graph import Graph
 from rekindle.policy import Planner
 from rekindle.record.torch_private import no_modes
@@ -18,10 +18,6 @@ from rekindle.runtime.rehearse import rehearse
 from rekindle.runtime.room import kept_back
 
 _MOST_SIGNATURES = 64
-
-
-class RehearsalWarning(UserWarning):
-    """A step that was to be planned ahead could not be rehearsed; it makes room op by op and is recorded instead."""
 
 
 class Ahead:
