@@ -141,6 +141,15 @@ class Simulator:
         live = list(accumulate(changes, initial=self.graph.standing))[1:]
         return [nbytes + op.temporaries for nbytes, op in zip(live, ops, strict=False)]
 
+    def rise(self, target: int, ops: Sequence[int], there: bytes, retained: frozenset[int]) -> int:
+        """The most bytes that a replay has live beyond what is live before it; `there` says of each value whether it
+        is."""
+        step = _Step(self, (), None)
+        step.holders[:] = there[: len(step.holders)]
+        step.live = step.peak = 0
+        step.replay(target, ops, retained)
+        return step.peak
+
     def missing(self, target: int, holders: Sequence[int]) -> list[int]:
         """The ops to replay for a value, in order."""
         ops: set[int] = set()
@@ -258,7 +267,7 @@ class _Step:
         pending = {id(hands): hands for group in self._handed.values() for hands in group}
         return [hands.value for hands in pending.values() if hands.orphan]
 
-    def replay(self, target: int, ops: list[int], retained: frozenset[int]) -> None:
+    def replay(self, target: int, ops: Sequence[int], retained: frozenset[int]) -> None:
         """Ops are repeated for a value."""
         nbytes, holders, sources = self._nbytes, self.holders, self._simulator.sources
         uses: dict[int, int] = {}

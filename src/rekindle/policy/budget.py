@@ -29,7 +29,7 @@ from rekindle.policy.schedule import schedule
 _CORNERS = 32  # prices tried in each frame
 _LOWERINGS = 16  # searches for a plan below the lowest one known; a large step has time for one
 _FEW = 40  # ops of the forward pass; for a step with no more of them, all budgets are planned for at once
-_FRONT = 60_000  # ops played for that
+_FRONT = 400_000  # ops of the plans that are looked at for that
 _STARTS = 8  # budgets from whose plans on the others are looked for
 _POLISH = 100_000  # ops played to polish one plan
 _TRIES = 20, 300  # at least and at most, whatever the size of the step
@@ -157,8 +157,13 @@ class Planner:
         """Seconds of recomputation that no plan within the budget does without."""
         live = self._everything.timeline.live
         highest = sorted(range(len(live)), key=lambda number: -live[number])
-        moments = {*highest[:1], *highest[1 : 4 * _MOMENTS : 4]}
-        return max((self._bound_at(number, budget) for number in moments), default=0.0)
+        moments = sorted({*highest[:1], *highest[1 : 4 * _MOMENTS : 4]})
+        bounds = [self._at_moment(number, budget) for number in moments]
+        found = [cuts.bound(room) for cuts, room in bounds]
+        if not any(found):
+            return 0.0
+        cuts, room = bounds[found.index(max(found))]
+        return max(*found, cuts.bound_in_whole(room)) if room >= 0 else max(found)
 
     # -- search ------------------------------------------------------------------------------------------------------
 
@@ -253,8 +258,8 @@ class Planner:
 
     # -- what cannot be helped ---------------------------------------------------------------------------------------
 
-    def _bound_at(self, number: int, budget: int) -> float:
-        """Seconds that must be repeated after op `number`, because not more than `budget` can be live at it."""
+    def _at_moment(self, number: int, budget: int) -> tuple[Cuts, int]:
+        """What may be kept and must be repeated after op `number`, and the bytes that there are for what is kept."""
         demands, values = self.graph.demands, self.graph.values
         later = {d.value for d in demands if d.before > number} & set(self._wanted)
         running = {d.value for d in demands if d.before <= number < d.until} & set(self._wanted)
@@ -262,7 +267,7 @@ class Planner:
         free = {v for v in made if self._is_held(v, number)} | running
         room = budget - self._bare[number]
         room -= sum(values[v].nbytes for v in running if not self._is_held(v, number))
-        return Cuts(self.graph, sorted(later & made), free, self._barred & made).bound(room)
+        return Cuts(self.graph, sorted(later & made), free, self._barred & made), room
 
     def _bound_in(self, frame: Frame, budget: int) -> float:
         """Seconds that every plan repeats that keeps what crosses the cuts of a frame."""

@@ -22,22 +22,16 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
-from scipy.sparse import csr_array
-
 from rekindle._bytes import format_bytes
 from rekindle._errors import BudgetInfeasible
 from rekindle.graph import Demand, Graph, Plan
 from rekindle.graph.plan import Turn
 from rekindle.graph.timeline import Timeline, ends, simulate
+from rekindle.policy.program import COST, INFEASIBLE, ONE, OPTIMAL, ZERO, Program
 
-_ZERO, _ONE = 0, 1  # the first columns of every program are these constants
 _NEVER = 1 << 62
-_COST = 1000.0  # what all ops together cost in the program: its solver stops at an absolute gap of 1e-6
 _RELATIVE_GAP = 1e-7
 _TRIES = 4
-_OPTIMAL, _INFEASIBLE = 0, 2  # what scipy's milp says
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,68 +80,6 @@ def _checked(found: Exact, timeline: Timeline, bound: float) -> Exact:
     near = math.isclose(timeline.seconds, bound, rel_tol=1e-4, abs_tol=1e-9)
     proven = found.proven and near
     return Exact(found.plan, timeline.seconds, timeline.seconds if proven else min(bound, timeline.seconds), proven)
-
-
-class _Program:
-    """Columns between 0 and 1, rows that limit sums of them, and what they cost."""
-
-    def __init__(self) -> None:
-        self.lower, self.cost, self.integral = [0.0, 1.0], [0.0, 0.0], [0, 0]
-        self.upper = [0.0, 1.0]
-        self._rows: list[dict[int, float]] = []
-        self._limits: list[float] = []
-        self._largest: dict[frozenset[int], int] = {}
-
-    def column(self, cost: float = 0.0, *, integral: bool = False) -> int:
-        """A new variable."""
-        self.lower.append(0.0)
-        self.upper.append(1.0)
-        self.cost.append(cost)
-        self.integral.append(int(integral))
-        return len(self.cost) - 1
-
-    def at_most(self, small: Iterable[int], large: Iterable[int]) -> None:
-        """The sum of some columns is at most that of others."""
-        self.row([*((column, 1.0) for column in small), *((column, -1.0) for column in large)], 0.0)
-
-    def row(self, terms: Iterable[tuple[int, float]], limit: float) -> None:
-        """A weighted sum of columns is at most `limit`."""
-        row: dict[int, float] = {}
-        for column, weight in terms:
-            if column == _ONE:
-                limit -= weight
-            elif column != _ZERO:
-                row[column] = row.get(column, 0.0) + weight
-        if sum(weight for weight in row.values() if weight > 0) > limit:
-            self._rows.append(row)
-            self._limits.append(limit)
-
-    def largest(self, columns: Iterable[int]) -> int:
-        """A column that is nowhere less than these."""
-        different = frozenset(columns) - {_ZERO}
-        if _ONE in different or not different:
-            return _ONE if different else _ZERO
-        if len(different) == 1:
-            return next(iter(different))
-        if different not in self._largest:
-            self._largest[different] = top = self.column()
-            for column in different:
-                self.at_most([column], [top])
-        return self._largest[different]
-
-    def solve(self, time_limit: float) -> OptimizeResult:
-        """What HiGHS says."""
-        numbers = [(r, c, w) for r, row in enumerate(self._rows) for c, w in row.items()]
-        rows, columns, weights = np.array(numbers).T if numbers else np.zeros((3, 0))
-        shape = (len(self._rows), len(self.cost))
-        table = csr_array((weights, (rows.astype(int), columns.astype(int))), shape=shape)
-        return milp(
-            np.array(self.cost),
-            integrality=np.array(self.integral),
-            bounds=Bounds(np.array(self.lower), np.array(self.upper)),
-            constraints=LinearConstraint(table, ub=np.array(self._limits)) if self._rows else (),
-            options={"time_limit": time_limit, "mip_rel_gap": _RELATIVE_GAP},
-        )
 
 
 class _Record:
@@ -209,10 +141,10 @@ class _Model:
 
     def __init__(self, graph: Graph, budget: int) -> None:
         self.graph, self.budget = graph, budget
-        self.program, self.record = _Program(), _Record(graph)
+        self.program, self.record = Program(), _Record(graph)
         self.nbytes = [value.nbytes for value in graph.values]
         total = sum(op.seconds for op in graph.ops)
-        self.scale = _COST / total if total > 0 else 1.0
+        self.scale = COST / total if total > 0 else 1.0
         self.reach = [set[int](), *(self.record.reach(demand) for _, demand in self.record.demands)]
         self.kept: list[dict[int, int]] = [{} for _ in self.reach]
         self.replayed: list[dict[int, int]] = [{} for _ in self.reach]
@@ -256,7 +188,7 @@ class _Model:
         """The column for what is held after a demand, of what was made before."""
         before, used = self.held(value, stage), self._uses(value, stage)
         gained = self._gained(value, stage)
-        if gained == _ZERO and not used:
+        if gained == ZERO and not used:
             return before
         after = self.program.column(integral=True)
         self.program.at_most([after], [before, gained])
@@ -267,18 +199,18 @@ class _Model:
         """The column of the op whose replay allows us to hold a value from now on."""
         demand = self.record.demands[stage - 1][1]
         if self.record.user_has(value, demand.before) or self.record.node_has(value, stage):
-            return _ZERO
-        return self.replayed[stage].get(self.record.maker[value], _ZERO)
+            return ZERO
+        return self.replayed[stage].get(self.record.maker[value], ZERO)
 
     def _uses(self, value: int, stage: int) -> list[int]:
         """The columns of the replayed ops that read a value; constantly one if it is asked for."""
         if self.record.demands[stage - 1][1].value == value:
-            return [_ONE]
+            return [ONE]
         return [column for op, column in self.replayed[stage].items() if value in self.record.sources[op]]
 
     def held(self, value: int, stage: int) -> int:
         """The column for whether we hold a value as the demand of a stage is made."""
-        return self.kept[stage - 1].get(value, _ZERO)
+        return self.kept[stage - 1].get(value, ZERO)
 
     def _replay(self, stage: int) -> None:
         """The columns for what is replayed: the ops that make what is missing, and no others."""
@@ -290,18 +222,18 @@ class _Model:
             column = program.column(self.graph.ops[op].seconds * self.scale, integral=True)
             needed = [column] if len(makes[op]) == 1 else [program.column() for _ in makes[op]]
             for value, need in zip(makes[op], needed, strict=True):
-                self._need(need, self.held(value, stage), [_ONE] if value == target else self._uses(value, stage))
+                self._need(need, self.held(value, stage), [ONE] if value == target else self._uses(value, stage))
                 if need != column:
                     program.at_most([need], [column])
             if needed != [column]:
                 program.at_most([column], needed)
             self.replayed[stage][op] = column
         if target in self.reach[stage] and record.node_has(target, stage):
-            program.at_most([_ONE], [self.held(target, stage)])
+            program.at_most([ONE], [self.held(target, stage)])
 
     def _need(self, need: int, held: int, uses: Sequence[int]) -> None:
         """`need` is whether a value has a use and is not held."""
-        self.program.at_most([need, held], [_ONE])
+        self.program.at_most([need, held], [ONE])
         self.program.at_most([need], uses)
         for use in uses:
             self.program.at_most([use], [need, held])
@@ -335,12 +267,12 @@ class _Model:
         maker = self.record.maker[value]
         if maker >= op or maker not in self.replayed[stage]:
             return before
-        return self.program.largest([before, self.kept[stage].get(value, _ZERO), *self._later(value, stage, op)])
+        return self.program.largest([before, self.kept[stage].get(value, ZERO), *self._later(value, stage, op)])
 
     def _copy(self, value: int, stage: int, op: int) -> int:
         """The column for a second copy of what a node of the backward pass holds, made since it is missing to us."""
         if self.record.maker[value] >= op:
-            return _ZERO
+            return ZERO
         readers = self._later(value, stage, op)
         copy = self.program.column()
         for reader in readers:
@@ -363,8 +295,8 @@ class _Model:
         row: dict[int, float] = {}
         for column, nbytes in (*((column, self.nbytes[value]) for value, column in there.items()), *more):
             row[column] = row.get(column, 0) + nbytes
-        constant = self.graph.standing + temporaries + sum(self.nbytes[value] for value in fixed) + row.pop(_ONE, 0)
-        row.pop(_ZERO, None)
+        constant = self.graph.standing + temporaries + sum(self.nbytes[value] for value in fixed) + row.pop(ONE, 0)
+        row.pop(ZERO, None)
         self.memory.append((constant, row))
 
     # -- the answer
@@ -379,13 +311,13 @@ class _Model:
             unit = math.gcd(*(int(nbytes) for nbytes in row.values())) or 1
             terms = [(column, nbytes // unit) for column, nbytes in row.items()]
             self.program.row(terms, (self.budget - slack - constant) // unit)
-        result = self.program.solve(time_limit)
-        if result.status == _INFEASIBLE:
+        result = self.program.solve(time_limit=time_limit, mip_rel_gap=_RELATIVE_GAP)
+        if result.status == INFEASIBLE:
             raise self._infeasible("no plan needs less, whatever it recomputes")
         bound = max(0.0, (result.mip_dual_bound or 0.0)) / self.scale
         if result.x is None:
             return Exact(None, math.inf, bound, False)
-        return Exact(self._plan(result.x), result.fun / self.scale, bound, result.status == _OPTIMAL)
+        return Exact(self._plan(result.x), result.fun / self.scale, bound, result.status == OPTIMAL)
 
     def _infeasible(self, why: str) -> BudgetInfeasible:
         return BudgetInfeasible(f"the step does not fit into {format_bytes(self.budget)} ({self.budget} bytes): {why}")

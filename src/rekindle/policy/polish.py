@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from rekindle.graph import Plan
 from rekindle.graph.timeline import Simulator
 from rekindle.policy.moves import Draft, Move, Moves
+from rekindle.policy.outlook import Outlook, Outlooks
 from rekindle.policy.schedule import FORWARD, NEVER, Since, hold, since_of
 
 _LITTLE = 1e-4  # of the seconds; a move that saves less is not worth a try
 _WORTH = 0.98  # of what is saved may be spent on making room for it
 _BETTER = 1 - 1e-9
-_PATIENCE = 8  # times the ops of the forward pass: plans behind the front from which nothing better is found
+_PATIENCE = 32  # times the ops of the forward pass: plans whose neighbours bring nothing, one after the other
 _RELIEFS = 16  # rounds in which room is made for what is over the budget
 
 
@@ -38,6 +39,7 @@ class Polisher:
     def __init__(self, simulator: Simulator, must: Collection[int], barred: Collection[int]) -> None:
         """`must` be kept; `barred` must not."""
         self._simulator = simulator
+        self._outlooks = Outlooks(simulator)
         self._must = must
         self._barred = barred
         values = simulator.graph.values
@@ -69,42 +71,37 @@ class Polisher:
 
     def front(self, plans: Iterable[Plan], tries: int) -> list[Draft]:
         """Plans of which none has both a higher peak and more seconds than another, from `plans` on by single
-        changes."""
-        front: list[Draft] = []
-        waiting: list[Draft] = []
-        behind: list[tuple[float, int, Draft]] = []  # the front, by how far; their changes are those of two values
+        changes. First those of the front are changed, then those that are behind it, by how far."""
+        front: list[tuple[Since, Outlook]] = []
+        waiting: list[tuple[float, int, Since, Outlook]] = []
         order = count()
+        patience = most = _PATIENCE * len(self._simulator.graph.forward)
         seen: set[frozenset[tuple[int, int]]] = set()
 
         def add(since: Since) -> None:
-            nonlocal tries
+            nonlocal tries, patience
             key = frozenset(since.items())
             if key in seen:
                 return
             seen.add(key)
             tries -= 1
-            draft = self._draft(since)
-            peak, seconds = draft.timeline.peak, draft.timeline.seconds
-            ahead = min((o.timeline.seconds for o in front if o.timeline.peak <= peak), default=math.inf)
-            if ahead <= seconds:
-                heappush(behind, (seconds - ahead, next(order), draft))
-                return
-            front[:] = [o for o in front if o.timeline.peak < peak or o.timeline.seconds < seconds]
-            front.append(draft)
-            waiting.append(draft)
+            outlook = self._outlooks.of(since)
+            peak, seconds = outlook.peak, outlook.seconds
+            ahead = min((other.seconds for _, other in front if other.peak <= peak), default=math.inf)
+            heappush(waiting, (max(0.0, seconds - ahead), next(order), since, outlook))
+            if seconds < ahead:
+                front[:] = [each for each in front if each[1].peak < peak or each[1].seconds < seconds]
+                front.append((since, outlook))
+                patience = most
 
         for plan in plans:
             add(since_of(plan))
-        most = patience = _PATIENCE * len(self._simulator.graph.forward)
-        while (waiting or (behind and patience)) and tries > 0:
-            patience = most if waiting else patience - 1
-            draft = waiting.pop(0) if waiting else heappop(behind)[-1]
-            if patience == most and not any(draft is other for other in front):
-                heappush(behind, (0.0, next(order), draft))
-                continue
-            for since in self._neighbours(draft):
-                add(since)
-        return front
+        while waiting and patience and tries > 0:
+            patience -= 1
+            _, _, since, outlook = heappop(waiting)
+            for other in self._neighbours(since, outlook):
+                add(other)
+        return [self._draft(since) for since, _ in front]
 
     def _draft(self, since: Since) -> Draft:
         plan, uses = hold(self._simulator, since)
@@ -115,11 +112,10 @@ class Polisher:
     def _better(self, best: Draft, trades: list[list[Move]], budget: int) -> Draft | None:
         """The draft with some moves made, if it fits and repeats less."""
         since = _moved(best.since, (move for trade in trades for move in reversed(trade)))
-        plan, uses = hold(self._simulator, since)
-        timeline = self._simulator.run(plan, budget)
-        if timeline is None or timeline.seconds >= best.timeline.seconds * _BETTER:
+        outlook = self._outlooks.of(since)
+        if outlook.peak > budget or outlook.seconds >= best.timeline.seconds * _BETTER:
             return None
-        return Draft(since, uses, plan, timeline)
+        return self._draft(since)
 
     def _relieved(self, draft: Draft, budget: int) -> Draft | None:
         """The draft, with less held where more is live than the budget; None if that is not enough."""
@@ -133,20 +129,20 @@ class Polisher:
             draft = self._draft(_moved(draft.since, relief))
         return draft if draft.timeline.peak <= budget else None
 
-    def _neighbours(self, draft: Draft) -> Iterator[dict[int, int]]:
+    def _neighbours(self, since: Since, outlook: Outlook) -> Iterator[Since]:
         """All that differ in when one value is held."""
         makes: dict[int, list[int]] = {}
-        for position, ops in enumerate(draft.timeline.replays):
+        for position, ops in enumerate(outlook.replays):
             for number in ops:
                 for value in self._simulator.outputs[number]:
                     makes.setdefault(value, []).append(position)
         for value in self._free:
-            start = draft.since.get(value, NEVER)
+            start = since.get(value, NEVER)
             for other in (FORWARD, *makes.get(value, ()), NEVER):
                 if other == start or (start == FORWARD and value in self._must):
                     continue
                 if not (other == FORWARD and value in self._barred):
-                    yield _moved(draft.since, [Move(((value, other),), 0.0, ())])
+                    yield _moved(since, [Move(((value, other),), 0.0, ())])
 
 
 def _moved(since: Since, moves: Iterable[Move]) -> dict[int, int]:
