@@ -6,6 +6,7 @@ tried, also those that the first step could not be run with on line.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ import zoo
 from peak import peak_bytes
 from rekindle.graph import Graph, simulate
 from rekindle.policy import Planner
+from rekindle.policy.exact import exact
 from rekindle.runtime.room import kept_back
 
 FULL = os.environ.get("REKINDLE_TESTS") == "full"
@@ -115,6 +117,69 @@ def test_ten_budgets(name: str) -> None:
         seconds.append(plan.forecast.seconds)
     assert seconds == sorted(seconds, reverse=True)
     assert seconds[0] > seconds[-1]
+
+
+# -- blocks, against the proven best -----------------------------------------------------------------------------------
+
+
+def _alone(name: str) -> Callable[[], Tensor]:
+    """The first block of a model of the zoo, run on what came into it there."""
+    entry = ENTRIES[name]
+    model = fresh(entry)
+    block = next(module for module in model.modules() if isinstance(module, entry.blocks))
+    came: dict[str, Any] = {}
+    hook = block.register_forward_pre_hook(
+        lambda _, args, kwargs: came.update(args=args, kwargs=kwargs), with_kwargs=True
+    )
+    zoo.loss_of(model, entry.batch(0))
+    hook.remove()
+    x, *rest = (arg.detach() if isinstance(arg, Tensor) else arg for arg in came["args"])
+
+    def loss() -> Tensor:
+        result = block(x.clone().requires_grad_(), *rest, **came["kwargs"])
+        return torch.as_tensor(result[0] if isinstance(result, tuple) else result).square().sum()
+
+    return loss
+
+
+def _of(block: nn.Module, *shape: int) -> Callable[[], Tensor]:
+    x = torch.randn(shape)
+    return lambda: block(x.clone().requires_grad_()).square().sum()
+
+
+BLOCKS: dict[str, Callable[[], Callable[[], Tensor]]] = {
+    "mlp": lambda: _of(nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.GELU()))), 32, 64),
+    "bottlenecks": lambda: _of(nn.Sequential(nets.Bottleneck(64, 16), nets.Bottleneck(64, 16)), 4, 64, 16, 16),
+    "encoder": lambda: _of(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 4, 32, 64),
+    **{name: (lambda name=name: _alone(name)) for name in ("gpt2", "bert", "llama")},
+}
+
+
+def test_blocks_are_planned_near_the_best() -> None:
+    """Recorded blocks recompute at most 1.05 times what integer programming proves to be the least in nine of ten
+    cases, and never above 1.15 times. Seconds are those of a roofline, equal in all runs."""
+    ratios = []
+    for name, make in BLOCKS.items():
+        torch.manual_seed(0)
+        loss = make()
+        session = rekindle.Session(memory_budget="8GiB", cost="roofline")
+        with session:
+            loss().backward()
+        assert session.graph is not None
+        planner = Planner(session.graph)
+        for place in range(1, 5):
+            budget = planner.floor() + (planner.full - planner.floor()) * place // 5
+            best, forecast = exact(session.graph, budget), planner.plan(budget).forecast
+            assert best.proven
+            assert forecast is not None
+            assert best.seconds > 0
+            ratios.append((forecast.seconds / best.seconds, name, place))
+    ratios.sort()
+    assert ratios[-1][0] <= 1.15
+    assert ratios[math.ceil(len(ratios) * 0.9) - 1][0] <= 1.05
+
+
+# -- full models -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

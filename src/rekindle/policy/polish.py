@@ -76,16 +76,19 @@ class Polisher:
         waiting: list[tuple[float, int, Since, Outlook]] = []
         order = count()
         patience = most = _PATIENCE * len(self._simulator.graph.forward)
-        seen: set[frozenset[tuple[int, int]]] = set()
+        seen: set[frozenset[tuple[int, int]] | Outlook] = set()
 
         def add(since: Since) -> None:
             nonlocal tries, patience
             key = frozenset(since.items())
             if key in seen:
                 return
-            seen.add(key)
             tries -= 1
             outlook = self._outlooks.of(since)
+            seen.add(key)
+            if outlook in seen:
+                return  # what it holds otherwise makes no difference
+            seen.add(outlook)
             peak, seconds = outlook.peak, outlook.seconds
             ahead = min((other.seconds for _, other in front if other.peak <= peak), default=math.inf)
             heappush(waiting, (max(0.0, seconds - ahead), next(order), since, outlook))
