@@ -416,6 +416,42 @@ def test_waking_makes_room() -> None:
     assert small < plain
 
 
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "in place": lambda y: y.add_(1),
+    "part": lambda y: y[:4].zero_(),
+    "detached": lambda y: y.detach().mul_(2),
+    "list": lambda y: torch._foreach_add_([y], 1),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writes_over_what_was_saved_at_rest(name: str) -> None:
+    """What autograd saved while the step rested and is written over once it woke up is refused, as in plain PyTorch."""
+
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.tanh, self.other, self.writes = small_model(), nn.Tanh(), nn.Identity(), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.tanh(self.model(x))
+            if self.writes:
+                y = self.other(y)
+                WRITES[name](y)
+            return y
+
+    torch.manual_seed(0)
+    model, session = Writing(), Session(memory_budget=PLENTY)
+    for number in range(6):
+        step(model, number, session)
+        model.zero_grad()
+    assert session.last_step.rested
+    model.writes = True
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        step(model, 6, session)
+    assert session.last_step.rested == session.last_step.departures == 1
+
+
 @pytest.mark.parametrize("room", [False, True])
 def test_gradients_that_stay(room: bool) -> None:
     """Gradients that were not there when the step was looked at count: if there is no room for them it does not
