@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import peers
 import rekindle
 from helpers import Layer, Managed, assert_same, live_activations, small_batch, small_model, train
 from peak import peak_bytes
@@ -515,6 +517,43 @@ def test_sizes_by_data(how: str) -> None:
     """Steps whose sizes, or ops, depend on data are always looked at."""
     rested, _ = check(step, make=lambda: Masked(how))
     assert not any(rested)
+
+
+def test_constants() -> None:
+    """What is looked at but computed from nothing but sizes, as Transformers does with positions, is in no way."""
+
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.data = small_model(), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            positions = torch.arange(x.shape[0])
+            packed = (positions.diff() - 1).ne(0).cumsum(-1)
+            if self.data:
+                packed = packed + x[1:, 0].isnan()
+            return self.model(x) if (packed == 0).all() else x
+
+    rested, _ = check(step, make=Looking, steps=5)
+    assert rested == [False] * 3 + [True] * 2
+
+    def with_data(model: Any, number: int, managed: Managed) -> Tensor:
+        model.data = True
+        return step(model, number, managed)
+
+    rested, _ = check(with_data, make=Looking, steps=5)
+    assert not any(rested)
+
+
+@pytest.mark.parametrize("make", [peers.gpt2, peers.llama], ids=["gpt2", "llama"])
+def test_transformers(make: Callable[..., peers.Workload]) -> None:
+    """Language models of Transformers rest."""
+    workload = make(layers=4, width=64, heads=4, length=32, vocabulary=128)
+    expected = workload.outcome(nullcontext())
+    session = Session(memory_budget="1GiB")
+    for _ in range(6):
+        assert workload.outcome(session) == expected
+    assert session.last_step.rested
 
 
 def test_tight_budgets() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from rekindle.graph import Graph
+from rekindle.graph import Graph, Op
 from rekindle.record.torch_private import body_of
 
 RUNNING_STATS: dict[str, tuple[tuple[int, int], int | None]] = {
@@ -99,6 +99,8 @@ _UNREPEATABLE_TAGS = {
 }
 _BOOLEAN = (torch.bool, torch.uint8)
 _MASKS = tuple(str(dtype).removeprefix("torch.") for dtype in _BOOLEAN)
+_ITEM = "aten._local_scalar_dense."  # it reads one tensor; of others that were not recorded some are not known
+_CONSTANTS = ("aten.arange.", "aten.full.", "aten.ones.", "aten.zeros.")
 _MASKED = ("aten.index.", "aten.index_put", "aten._index_put_impl_")  # by names of ops
 
 
@@ -221,15 +223,32 @@ def why_opaque(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) ->
 
 
 def go_by_data(graph: Graph) -> bool:
-    """Whether a step of the same shapes may have other sizes than this one, or other ops, as its data is another."""
+    """Whether a step of the same shapes may have other sizes than this one, or other ops, as its data is another.
+
+    What is computed from nothing but constants, such as positions, is the same each time.
+    """
     traits = {traits.name: traits for traits in KNOWN.values()}
+    constant: set[int] = set()
     for op in graph.ops:
         known = traits.get(op.name)
-        if known is None or known.by_data:
+        if known is None:
+            return True
+        if constant.issuperset(op.inputs) and _repeats(known, op):
+            constant.update(value for value in op.outputs if graph.values[value].dtype)  # else it was not recorded
+        elif known.by_data:
             return True
         if op.name.startswith(_MASKED) and any(graph.values[value].dtype in _MASKS for value in op.inputs):
             return True
     return False
+
+
+def _repeats(traits: Traits, op: Op) -> bool:
+    """Whether an op that reads constants, or nothing, returns the same each time."""
+    if op.random or op.backward or traits.mutates or traits.uninitialised:
+        return False
+    if traits.by_data:
+        return bool(op.inputs) and op.name.startswith(_ITEM)
+    return op.name.startswith("aten." if op.inputs else _CONSTANTS)
 
 
 def trains(stats: tuple[tuple[int, int], int | None], args: Sequence[Any]) -> bool:
