@@ -80,6 +80,7 @@ def policies() -> dict[str, rekindle.Session]:
         "session, EveryN(2)": rekindle.Session(policy=rekindle.EveryN(2)),
         "session, PerModule(Linear)": rekindle.Session(policy=rekindle.PerModule(nn.Linear)),
         "session, following a plan": rekindle.Session(policy=rekindle.Balanced(0.5)),
+        "session, a budget for all": rekindle.Session(memory_budget="1GiB"),
         "session, KeepAll()": rekindle.Session(policy=rekindle.KeepAll()),
     }
 
@@ -148,7 +149,7 @@ def _measure(model: nn.Module, run: Callable[[nn.Module, Tensor], None], rounds:
         ways[name] = lambda session=session: session
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
-        for _ in range(3):
+        for _ in range(6):  # after these, steps that keep everything within a budget rest
             _time(way(), run, model, x)
     gc.disable()
     order = list(ways)

@@ -18,11 +18,13 @@ from rekindle.graph import Graph, Plan
 from rekindle.policy import Planner, PolicyLike, least_recompute
 from rekindle.record.cost import DEVICES, Cost
 from rekindle.record.torch_private import calls_running, never_compile
+from rekindle.report import planning, telling
 from rekindle.runtime.pressure import Budget, read_budget
 from rekindle.runtime.rehearse import Loss, rehearse
 from rekindle.runtime.session import Session
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+_REHEARSING = "rehearsing the step"
 
 
 @dataclass(slots=True)
@@ -131,7 +133,10 @@ def plan(
         BudgetInfeasible: no plan fits.
     """
     budget = _budget(memory_budget, headroom, device)
-    return least_recompute(_rehearse(model, inputs, device, loss, cost), budget.nbytes)
+    with telling(_REHEARSING) as tell:
+        graph = _rehearse(model, inputs, device, loss, cost)
+        tell(planning(graph, budget.nbytes))
+        return least_recompute(graph, budget.nbytes)
 
 
 def max_batch(
@@ -162,9 +167,16 @@ def max_batch(
     """
     budget = _budget(memory_budget, headroom, device).nbytes
 
-    def planner(batch: int) -> Planner:
-        return Planner(_rehearse(model, make_inputs(batch), device, loss, "roofline"))
+    with telling(_REHEARSING) as tell:
 
+        def planner(batch: int) -> Planner:
+            tell(f"planning a batch of {batch} for {format_bytes(budget)}")
+            return Planner(_rehearse(model, make_inputs(batch), device, loss, "roofline"))
+
+        return _largest(planner, budget, limit)
+
+
+def _largest(planner: Callable[[int], Planner], budget: int, limit: int) -> int:
     first = planner(1)
     if not _fits(first, budget):
         raise BudgetInfeasible(

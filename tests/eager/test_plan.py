@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from helpers import small_batch, small_model
 from rekindle.graph import verify_plan
 from rekindle.graph.timeline import simulate
 from rekindle.policy import Planner
+from rekindle.runtime import ahead, learn
 from rekindle.runtime.rehearse import rehearse
 
 ROWS = 256
@@ -164,3 +167,31 @@ def test_not_even_one() -> None:
     with pytest.raises(rekindle.BudgetInfeasible, match=r"a batch of one needs [\d.]+ .iB"):
         rekindle.max_batch(lambda n: torch.empty(n, 64, device="meta"), model, memory_budget=floor - 1)
     assert rekindle.max_batch(lambda n: torch.empty(n, 64, device="meta"), model, memory_budget=floor) >= 1
+
+
+def test_what_takes_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planning ahead, in a session and for the largest batch is told as it goes: what is planned, and for how much."""
+    told: list[str] = []
+
+    @contextmanager
+    def telling(what: str) -> Iterator[Callable[[str], None]]:
+        told.append(what)
+        yield told.append
+
+    for module in (rekindle._api, ahead, learn):
+        monkeypatch.setattr(module, "telling", telling)
+    model, x = small_model(), small_batch(0)
+    plan = rekindle.plan(model, x, memory_budget="64MiB")
+    assert plan.graph is not None
+    assert told == ["rehearsing the step", f"planning {len(plan.graph.ops)} ops for 64.0 MiB"]
+
+    told.clear()
+    rekindle.max_batch(lambda batch: x[:batch], model, memory_budget="64MiB", limit=2)
+    assert told[1:] == [f"planning a batch of {batch} for 64.0 MiB" for batch in (1, 2)]
+
+    told.clear()
+    session = rekindle.Session(memory_budget="64MiB", plan_ahead=True)
+    with session:
+        model(x).sum().backward()
+    assert session.graph is not None
+    assert told[::2] == ["rehearsing the step", f"planning {len(session.graph.ops)} ops for 64.0 MiB"]

@@ -459,6 +459,30 @@ def test_hooks_refused():
     assert hooks_refused() is None
 
 
+def test_modes_and_hooks():
+    """The modes that are active and the innermost saved-tensor hooks can be read, as those objects that were entered;
+    neither changes the other."""
+    assert torch_private.modes_and_hooks() == ((), None)
+    pack, unpack = (lambda tensor: tensor), (lambda tensor: tensor)
+    with Names() as outer, torch.autograd.graph.saved_tensors_hooks(pack, unpack), Names() as inner:
+        assert torch_private.modes_and_hooks() == ((outer, inner), (pack, unpack))
+        with torch.autograd.graph.saved_tensors_hooks(unpack, pack):
+            assert torch_private.modes_and_hooks() == ((outer, inner), (unpack, pack))
+    assert torch_private.modes_and_hooks() == ((), None)
+
+
+def test_members_of_a_module():
+    """The same modules, parameters and buffers are found as PyTorch finds, shared ones and missing ones too."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2))
+    model.append(model[0])
+    model[2].weight = model[0].weight
+    modules, parameters, buffers = torch_private.members_of(model)
+    assert set(map(id, modules)) == set(map(id, model.modules()))
+    assert len(modules) == len(set(map(id, modules)))
+    assert set(map(id, parameters)) == set(map(id, model.parameters()))
+    assert set(map(id, buffers)) == set(map(id, model.buffers()))
+
+
 # -- storages and weak references --------------------------------------------------------------------------------------
 
 

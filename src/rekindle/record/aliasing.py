@@ -7,7 +7,7 @@ recorder finds a tensor's value by the identity of its storage, so views need no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -205,6 +205,19 @@ class Ledger:
             tracked.leaf_nbytes = storage.nbytes()
             self.leaf_nbytes += tracked.leaf_nbytes
         return tracked
+
+    def track_leaves(self, tensors: Iterable[torch.Tensor | None]) -> None:
+        """The same for many, most of which are known."""
+        storages = self.storages
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            try:
+                known = tensor.untyped_storage()._cdata in storages
+            except (NotImplementedError, RuntimeError):
+                continue
+            if not known:
+                self.track_leaf(tensor)
 
     def track(self, storage: torch.UntypedStorage, activation: Activation | None, nbytes: int) -> Tracked:
         """Begin to follow a storage; `nbytes` of it count as live."""

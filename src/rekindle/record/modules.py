@@ -62,9 +62,15 @@ def types_of(cls: type) -> tuple[str, ...]:
 class ModuleStack:
     """Follows the calls of modules on the thread that opened it."""
 
-    def __init__(self, on_root: Callable[[torch.nn.Module], None] | None = None) -> None:
-        """`on_root(module)` is called before each call of an outermost module."""
+    def __init__(
+        self,
+        on_root: Callable[[torch.nn.Module], None] | None = None,
+        on_call: Callable[[torch.nn.Module, Any], None] | None = None,
+    ) -> None:
+        """`on_call(module, args)` is called before each call of a module, and then `on_root(module)` if it is an
+        outermost one."""
         self._on_root = on_root
+        self._on_call = on_call
         self.outside = ModuleCall("", (), None, 0)
         self.current = self.outside
         self.roots: weakref.WeakKeyDictionary[torch.nn.Module, dict[int, str]] = weakref.WeakKeyDictionary()
@@ -104,6 +110,24 @@ class ModuleStack:
         self._stays = bool(self._hooks)
         self.attach()
 
+    @property
+    def stays(self) -> bool:
+        """Whether PyTorch goes on to tell of module calls after `close`."""
+        return self._stays
+
+    def slacken(self) -> None:
+        """Have `on_call` told of each call, and follow them no more: that costs less."""
+        for hook in self._hooks:
+            hook.remove()
+        put_back(self._hooks[0], self._glance)
+
+    def tighten(self, module: torch.nn.Module, args: Any) -> None:
+        """Follow calls again, from one of `module` on that is about to run: the outermost, as far as is known."""
+        put_back(self._hooks[0], self._enter)
+        put_back(self._hooks[1], self._leave)
+        self.current = self.outside
+        self._enter(module, args)
+
     @contextmanager
     def blind(self) -> Iterator[None]:
         """Runs one block whose module calls are none of the step's."""
@@ -138,6 +162,8 @@ class ModuleStack:
             return
         parent = self.current
         self._count += 1
+        if self._on_call is not None:
+            self._on_call(module, args)
         if parent is self.outside:
             if self._on_root is not None:
                 self._on_root(module)
@@ -146,6 +172,12 @@ class ModuleStack:
         else:
             path = self._root.get(id(module)) or ".".join(filter(None, (parent.path, type(module).__name__)))
         self.current = ModuleCall(path, types_of(type(module)), parent, self._count, id(module))
+
+    def _glance(self, module: torch.nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or threading.get_ident() != self._thread:
+            return
+        assert self._on_call is not None
+        self._on_call(module, args)
 
     def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or threading.get_ident() != self._thread:
@@ -171,4 +203,5 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 never_compile(ModuleStack._enter)
+never_compile(ModuleStack._glance)
 never_compile(ModuleStack._leave)

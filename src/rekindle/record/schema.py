@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from rekindle.graph import Graph, Op
 from rekindle.record.torch_private import body_of
 
 RUNNING_STATS: dict[str, tuple[tuple[int, int], int | None]] = {
@@ -97,6 +98,10 @@ _UNREPEATABLE_TAGS = {
     torch.Tag.data_dependent_output: "its result depends on data on the device",
 }
 _BOOLEAN = (torch.bool, torch.uint8)
+_MASKS = tuple(str(dtype).removeprefix("torch.") for dtype in _BOOLEAN)
+_ITEM = "aten._local_scalar_dense."  # it reads one tensor; of others that were not recorded some are not known
+_CONSTANTS = ("aten.arange.", "aten.full.", "aten.ones.", "aten.zeros.")
+_MASKED = ("aten.index.", "aten.index_put", "aten._index_put_impl_")  # by names of ops
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,6 +123,7 @@ class Traits:
         check: whether `why_opaque` must look at the arguments of each call.
         plain: reads tensors, one per argument, and makes new ones: nothing else to see to.
         mutates: writes to an argument.
+        by_data: the sizes of what it returns, or what the user's code does with that, may depend on data.
         call: runs the overload, as calling it does.
     """
 
@@ -136,6 +142,7 @@ class Traits:
     check: bool = False
     plain: bool = False
     mutates: bool = False
+    by_data: bool = False
 
 
 KNOWN: dict[int, Traits] = {}
@@ -155,7 +162,7 @@ def traits_of(func: Any) -> Traits:
 
 def _read(func: Any) -> Traits:
     if not isinstance(func, OpOverload):
-        return Traits(str(func), func, opaque="a higher-order operator, which has no schema")
+        return Traits(str(func), func, opaque="a higher-order operator, which has no schema", by_data=True)
     schema = func._schema
     qualified, name = schema.name, str(func)
     writes = tuple(
@@ -165,13 +172,14 @@ def _read(func: Any) -> Traits:
     )
     opaque = NEVER_REPEAT.get(qualified, "")
     tags = set(func.tags)
+    known = func.namespace in ("aten", "prims")
     reshapes = torch.Tag.inplace_view in tags and not opaque
     aliased = bool(schema.returns) and all(result.alias_info is not None for result in schema.returns)
     stats = RUNNING_STATS.get(qualified)
     if stats is not None and not any(argument.name == "running_mean" for argument in schema.arguments):
         stats = None  # an overload that takes none, such as `_native_batch_norm_legit.no_stats`
     check = qualified in MAY_LEAVE_DEVICE or qualified == "aten::index"
-    if not opaque and func.namespace not in ("aten", "prims"):
+    if not opaque and not known:
         opaque = f"of library {func.namespace!r}, which Rekindle does not know"
     if not opaque and not check:
         opaque = next((why for tag, why in _UNREPEATABLE_TAGS.items() if tag in tags), "")
@@ -191,6 +199,7 @@ def _read(func: Any) -> Traits:
         stats=stats,
         check=check,
         mutates=bool(writes) or stats is not None,
+        by_data=not known or not tags.isdisjoint(_UNREPEATABLE_TAGS),
         plain=not writes and stats is None and not any(map(_may_nest, schema.arguments)),
     )
 
@@ -211,6 +220,35 @@ def why_opaque(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) ->
     if torch.device(target).type == "cpu" and source.device.type != "cpu":
         return "copies from the device to the host"
     return ""
+
+
+def go_by_data(graph: Graph) -> bool:
+    """Whether a step of the same shapes may have other sizes than this one, or other ops, as its data is another.
+
+    What is computed from nothing but constants, such as positions, is the same each time.
+    """
+    traits = {traits.name: traits for traits in KNOWN.values()}
+    constant: set[int] = set()
+    for op in graph.ops:
+        known = traits.get(op.name)
+        if known is None:
+            return True
+        if constant.issuperset(op.inputs) and _repeats(known, op):
+            constant.update(value for value in op.outputs if graph.values[value].dtype)  # else it was not recorded
+        elif known.by_data:
+            return True
+        if op.name.startswith(_MASKED) and any(graph.values[value].dtype in _MASKS for value in op.inputs):
+            return True
+    return False
+
+
+def _repeats(traits: Traits, op: Op) -> bool:
+    """Whether an op that reads constants, or nothing, returns the same each time."""
+    if op.random or op.backward or traits.mutates or traits.uninitialised:
+        return False
+    if traits.by_data:
+        return bool(op.inputs) and op.name.startswith(_ITEM)
+    return op.name.startswith("aten." if op.inputs else _CONSTANTS)
 
 
 def trains(stats: tuple[tuple[int, int], int | None], args: Sequence[Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,7 @@ from rekindle._errors import RehearsalError, RehearsalWarning
 from rekindle.graph import Graph
 from rekindle.policy import Planner
 from rekindle.record.torch_private import no_modes
+from rekindle.report import planning, telling
 from rekindle.runtime.arrival import Arrival
 from rekindle.runtime.follow import PlannedStep
 from rekindle.runtime.rehearse import rehearse
@@ -54,6 +55,10 @@ class Ahead:
         Raises:
             BudgetInfeasible: no plan fits.
         """
+        with telling("rehearsing the step") as tell:
+            return self._plan(arrival, excess, tell)
+
+    def _plan(self, arrival: Arrival, excess: int, tell: Callable[[str], None]) -> bool:
         self._put(arrival.signature, None)
         try:
             graph = _rehearse(arrival, self._min_nbytes)
@@ -63,11 +68,12 @@ class Ahead:
                 f"plan_ahead: {type(arrival.module).__name__} cannot be rehearsed, so this step makes room op by op "
                 f"and is recorded; later ones are planned from it. {why}",
                 RehearsalWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
             return False
         graph = replace(graph, standing=graph.standing + excess + kept_back(self._budget))
         del self._steps[arrival.signature]  # to be refused again, should no plan fit
+        tell(planning(graph, self._budget))
         plan = Planner(graph).plan(self._budget)
         self._put(arrival.signature, PlannedStep.of(graph, plan, whole=False))
         return True

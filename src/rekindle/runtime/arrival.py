@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rekindle.record.torch_private import arguments_of
+from rekindle.record.torch_private import arguments_of, members_of
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -45,12 +45,13 @@ def _mode_of(module: torch.nn.Module) -> Hashable:
     """What of a module and of PyTorch changes which ops run, beside the arguments."""
     kinds = ("cpu", *([str(torch.accelerator.current_accelerator())] if torch.accelerator.is_available() else ()))
     casts = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in map(_type_of, kinds)]
-    trained = tuple(parameter.requires_grad for parameter in module.parameters())
+    modules, parameters, _ = members_of(module)
+    trained = tuple(parameter.requires_grad for parameter in parameters)
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         tuple(casts),
-        tuple(part.training for part in module.modules()),
+        tuple(part.training for part in modules),
         trained if not all(trained) else len(trained),
     )
 

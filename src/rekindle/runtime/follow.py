@@ -11,6 +11,7 @@ from rekindle._bytes import format_bytes
 from rekindle._errors import PlanMismatch
 from rekindle.graph import Graph, Plan, Turn
 from rekindle.record.activation import Activation
+from rekindle.record.schema import go_by_data
 
 Stream: TypeAlias = tuple[tuple[str, int], ...]
 """The evictable activations of a step in the order made: the op that made each, and its bytes."""
@@ -33,6 +34,7 @@ class PlannedStep:
         asked: which activation autograd asks for, demand by demand.
         turns: what is retained and let go of then; empty if the plan leaves that to the runtime.
         forward: how many activations are made before the first is asked for.
+        restful: whether nobody has to look at it: it is what plain PyTorch does, and its sizes do not depend on data.
         whole: whether it is laid out to the end of the step. If not, what runs after the modules is not known, such as
             the user's loss: what autograd saves there is held, and goes when there is no room.
     """
@@ -45,6 +47,7 @@ class PlannedStep:
     asked: tuple[int, ...]
     turns: tuple[Turn, ...]
     forward: int
+    restful: bool
     whole: bool = True
 
     @classmethod
@@ -70,7 +73,8 @@ class PlannedStep:
         keeps = tuple(plan.keeps(value) for value in stream)
         first = next((demand.before for demand in graph.demands if demand.value in position), 0)
         forward = sum((graph.values[value].made_by or 0) < first for value in stream)
-        return cls(graph, plan, names, keeps, tuple(prefixes), tuple(asked), tuple(turns), forward, whole)
+        restful = whole and _keeps_everything(graph, plan) and not go_by_data(graph)
+        return cls(graph, plan, names, keeps, tuple(prefixes), tuple(asked), tuple(turns), forward, restful, whole)
 
 
 class Follower:
@@ -123,6 +127,23 @@ class Follower:
         step = self.step
         return step is not None and not step.whole and self._position == len(step.names)
 
+    @property
+    def made_so_far(self) -> int:
+        """How many activations of the stream are made."""
+        return self._position
+
+    def may_become(self, step: PlannedStep) -> bool:
+        """Whether what is made so far is how `step` begins, and nothing was asked for yet."""
+        if self.departed or self.step is None or self._demand or step not in self._planned:
+            return False
+        position = self._position
+        return position < len(step.prefixes) and step.prefixes[position] == self.step.prefixes[position]
+
+    def completed(self) -> PlannedStep | None:
+        """The planned step that the whole stream was; None if it was none."""
+        step = self.step
+        return step if step is not None and not self.departed and self._position == len(step.names) else None
+
     def check(self, standing: int) -> None:
         """Depart if nothing is made yet and more bytes stand than a plan has room for."""
         if self._position or self.step is None or self.departed or _has_room(self.step, standing):
@@ -174,6 +195,13 @@ class Follower:
             if position < len(step.names) and step.prefixes[position] == prefix and _same(step, position, name, nbytes):
                 return step
         return None
+
+
+def _keeps_everything(graph: Graph, plan: Plan) -> bool:
+    """Whether a plan for a budget keeps all that plain PyTorch would, what is never asked for too."""
+    if plan.forecast is None or plan.forecast.seconds or any(turn.retained for turn in plan.turns):
+        return False
+    return all(plan.keeps(value.number) for value in graph.evictable if value.saved_in)
 
 
 def _has_room(step: PlannedStep, standing: int) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from rekindle.graph import Graph, Plan
 from rekindle.policy import Planner, PolicyLike, decider_of, make_plan
+from rekindle.report import planning, telling
 from rekindle.runtime.follow import Follower, PlanCache, stream_of
 from rekindle.runtime.room import kept_back
 
@@ -72,7 +73,8 @@ class Learner:
         if forecast is not None:
             off = abs(peak - forecast.peak) > _OFF * forecast.peak or peak > budget
             stream.excess = max(0, stream.excess + peak - forecast.peak) if off else stream.excess
-        plan = Planner(replace(graph, standing=graph.standing + stream.excess)).find(budget - kept_back(budget))
+        with telling(planning(graph, budget)):
+            plan = Planner(replace(graph, standing=graph.standing + stream.excess)).find(budget - kept_back(budget))
         if plan is None:
             self.plans.forget(names)  # a plan that was too full, too: it goes on line, or not at all
             return False

@@ -35,6 +35,7 @@ class Room:
         hungry: names of the ops whose kernels were seen to take much more than what they return.
         seconds: what the last op took, by the clock or as it was told, while every op is measured.
         temporaries: bytes that its kernel allocated for itself.
+        unseen: bytes that are there and that nobody counts. Room is made for them too, as far as that can be done.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Room:
         self.hungry: set[str] = set()
         self.seconds = 0.0
         self.temporaries = 0
+        self.unseen = 0
         self._ledger = ledger
         self._evictor = evictor
         self._pressure = pressure
@@ -129,7 +131,7 @@ class Room:
         wanted = nbytes + guessed
         level = self.level(wanted)
         if self._budget is not None:
-            if self._ledger.total_nbytes + wanted > self._budget:
+            if self._ledger.total_nbytes + self.unseen + wanted > self._budget:
                 self._fit(nbytes, wanted, func, call)
         elif level >= Level.MEDIUM:
             self._relieve(level, wanted)
@@ -145,7 +147,7 @@ class Room:
         assert self._budget is not None
         assert self._stated is not None
         ledger = self._ledger
-        target = self._budget - wanted - ledger.leaf_nbytes
+        target = self._budget - wanted - ledger.leaf_nbytes - self.unseen
         self._evictor.free(target, target - self._budget // _SLACK)
         needed = ledger.total_nbytes + nbytes
         if needed <= self._budget:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Hashable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -23,7 +23,13 @@ from rekindle.record.kernels import tensors_of
 from rekindle.record.modules import ModuleStack
 from rekindle.record.recorder import DEFAULT_MIN_NBYTES, Recorder
 from rekindle.record.tape import Tape
-from rekindle.record.torch_private import hooks_refused, in_func_transform
+from rekindle.record.torch_private import (
+    current_graph_task,
+    hooks_refused,
+    in_func_transform,
+    members_of,
+    modes_and_hooks,
+)
 from rekindle.runtime.ahead import Ahead
 from rekindle.runtime.arrival import Arrival
 from rekindle.runtime.checksums import Checksums
@@ -34,6 +40,7 @@ from rekindle.runtime.hooks import SavedTensors
 from rekindle.runtime.learn import Learner
 from rekindle.runtime.pressure import Level, Pressure, default_reader, read_budget
 from rekindle.runtime.replay import Replayer
+from rekindle.runtime.rest import Rest, arrival_of
 from rekindle.runtime.room import Room
 from rekindle.runtime.snapshots import Snapshots
 from rekindle.runtime.stats import Stats
@@ -49,6 +56,11 @@ class Session:
     Policies that decide from what they see as the step runs (`KeepAll`, `KeepNone`, `EveryN`, `PerModule`) act from the
     first step. The others need the graph of a whole step: they watch the first one, which runs as plain PyTorch would,
     and act from the second on, and again so whenever a step runs ops that no earlier one did.
+
+    Where nothing has to go, steps rest: they run as plain PyTorch, at its speed, with nothing recorded or measured, and
+    `stats.rested` counts them. That are all but the first step under `KeepAll`, and under a budget steps like one that
+    was looked at while all was kept, and went as planned. They are told apart by the modules called and by the
+    geometry of what these are called with, and one in 61 is looked at all the same.
     """
 
     def __init__(
@@ -117,12 +129,14 @@ class Session:
         self._entry_nbytes = 0
         self._thread: int | None = None
         self._stack: ExitStack | None = None
+        self._looking = ExitStack()
         self._learner = Learner(policy, self.memory_budget, plan)
         self._ahead = Ahead(self.memory_budget, min_nbytes) if plan_ahead and self.memory_budget is not None else None
         self._signature: Hashable = None
         self._graph: Graph | None = plan.graph if plan is not None else None
-        self._marks = False
+        self._asked = False  # user code marks or evicts by itself
         self._may_rest = memory_budget is None and pressure is None and inplace == "strict" and not verify
+        self._resting = self._waking = False
         me = weakref.ref(self)
 
         def on_death(activation: Activation, nbytes: int) -> None:
@@ -139,9 +153,21 @@ class Session:
             if session is not None:
                 session._meet(module)
 
+        def on_call(module: torch.nn.Module, args: Any) -> None:
+            session = me()
+            if session is not None:
+                session._called(module, args)
+
+        def see(module: torch.nn.Module) -> int:
+            session = me()
+            return session._see(module) if session is not None else 0
+
         ledger = self._ledger = Ledger(on_death)
+        planned = self.memory_budget is not None and policy is None and plan is None
+        rests = planned and pressure is None and inplace == "strict" and not verify
+        self._rest = Rest(see) if rests else None
         watches = self._watches = self.memory_budget is not None or pressure is not None
-        self.modules = ModuleStack(on_root if watches else None)
+        self.modules = ModuleStack(on_root if watches else None, on_call if rests else None)
         self._pressure = (
             Pressure(default_reader(lambda: ledger.total_nbytes, self.memory_budget)) if pressure is None else pressure
         )
@@ -167,7 +193,9 @@ class Session:
         self._check_enter()
         try:
             self._begin_step()
-            if not self._rests():
+            if self._rests():
+                self._step.rested = 1
+            else:
                 self._open()
         except BaseException:
             self._thread = None
@@ -181,15 +209,22 @@ class Session:
         self._ledger.on_end = tape.died if tape is not None else None
         self._room.measures = tape is not None
         self._room.watches = self._watches and (self.policy is not None or self._decisions.follower is None)
+        self._room.unseen = 0
+        if self._rest is not None:
+            self._rest.begin()
         self._check_standing()
         with ExitStack() as stack:
             self.modules.open()
             stack.callback(self.modules.close)
-            stack.enter_context(
-                torch.autograd.graph.saved_tensors_hooks(self._saved_tensors.pack, self._saved_tensors.unpack)
-            )
-            stack.enter_context(self._recorder)
+            stack.enter_context(self._looking)
+            self._look()
             self._stack = stack.pop_all()
+
+    def _look(self) -> None:
+        """See the ops that run from here on, and what autograd saves."""
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._saved_tensors.pack, self._saved_tensors.unpack)
+        self._looking.enter_context(hooks)
+        self._looking.enter_context(self._recorder)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -208,6 +243,7 @@ class Session:
         finally:
             self._recorder.cut()
         self._learner.ended(self._decisions.follower, self._highest())
+        self._end_rest(tape is None and error is None)
         if tape is None and self._ahead is not None and self._ahead.wants_record(self._signature):
             self._learner.records = True
         if isinstance(error, RuntimeError) and "saved tensor hooks" in str(error) and "torch.func" in str(error):
@@ -243,6 +279,7 @@ class Session:
     def _begin_step(self) -> None:
         self._close_step()
         self._step = Stats(steps=1)
+        self._resting = self._waking = False
         self._entry_nbytes = self._ledger.peak_nbytes = self._ledger.live_nbytes
 
     def _close_step(self) -> None:
@@ -284,17 +321,84 @@ class Session:
 
     def _rests(self) -> bool:
         """Whether nothing has to be recorded in this step: all is kept, and nobody asked for more."""
-        return isinstance(self.policy, KeepAll) and self._may_rest and not self._learner.records and not self._marks
+        return isinstance(self.policy, KeepAll) and self._may_rest and not self._learner.records and not self._asked
+
+    def _called(self, module: torch.nn.Module, args: Any) -> None:
+        """See a call of a module come."""
+        assert self._rest is not None
+        if not self._resting:
+            self._rest.called(module, args, self._ledger.live_nbytes)
+        elif self._waking or not self._rest.expects(module, args):
+            self._wake(module, args)
+
+    def _lie_down(self) -> None:
+        """Look at nothing from here on, unless somebody else's modes or hooks are active, which are left in order."""
+        modes, hooks = modes_and_hooks()
+        if modes != (self._recorder,) or hooks is None or hooks[0] != self._saved_tensors.pack or not _may_switch():
+            return
+        self._looking.close()
+        if modes_and_hooks() != ((), None):
+            self._look()
+            return
+        self._resting = True
+        self._step.rested = 1
+        self._decide_with(Decisions(None, None, self.snapshots, self._step))
+        self._recorder.cut()
+        self.modules.slacken()
+
+    def _wake(self, module: torch.nn.Module, args: Any) -> None:
+        """Make room op by op: the step is not the one that was to rest. In the middle of somebody else's modes or hooks
+        that begins with the first call after them."""
+        assert self._rest is not None
+        if not self._waking:
+            self._waking = True
+            self._room.unseen = self._rest.woken()
+            self._signature = "woken" if self._signature is None else self._signature  # too late to plan ahead
+            self._step.departures += 1
+            self._learner.records = True
+        if modes_and_hooks() != ((), None) or not _may_switch():
+            return
+        self._resting = False
+        self._room.watches = self._watches
+        self._look()
+        self.modules.tighten(module, args)
+
+    def _end_rest(self, calm: bool) -> None:
+        """Learn whether steps like this one may rest, or whether this one rested with reason."""
+        rest, step = self._rest, self._step
+        if rest is None:
+            return
+        if not step.rested:
+            calm = calm and not (step.recompute_calls or step.sweeps or step.rescues or step.departures)
+            rest.ended(self._decisions.follower, self._highest(), calm)
+        elif self._resting and not self._waking and calm and not rest.finished():
+            rest.woken()
+            self._learner.records = True
+            step.departures += 1
+        self._resting = False
+
+    def _see(self, module: torch.nn.Module) -> int:
+        """Know the bytes of parameters, gradients and buffers before an op reads them. Returns those that are new."""
+        before = self._ledger.leaf_nbytes
+        _, parameters, buffers = members_of(module)
+        self._ledger.track_leaves(parameters)
+        self._ledger.track_leaves(buffers)
+        self._ledger.track_leaves([tensor.grad for tensor in (*parameters, *buffers)])
+        return self._ledger.leaf_nbytes - before
 
     def _meet(self, module: torch.nn.Module) -> None:
-        """Know the bytes of parameters, gradients and buffers before an op reads them."""
-        for tensor in (*module.parameters(), *module.buffers()):
-            self._ledger.track_leaf(tensor)
-            if tensor.grad is not None:
-                self._ledger.track_leaf(tensor.grad)
+        """Make ready for a call of an outermost module: plan ahead for it, or rest if nobody has to look."""
+        new = self._see(module)
         if self._ahead is not None and self._signature is None and torch.is_grad_enabled() and _trains(module):
             self._plan_ahead(self._ahead, Arrival.of(module))
         self._check_standing()
+        rest, follower = self._rest, self._decisions.follower
+        if rest is None or self._step.rested:
+            return
+        made = follower.made_so_far if follower is not None else 0
+        rest.arrived(arrival_of(module), self._ledger.total_nbytes if rest.is_first() else new, made)
+        if not (self._learner.records or self._asked or self.modules.stays) and rest.knows(follower):
+            self._lie_down()
 
     def _plan_ahead(self, ahead: Ahead, arrival: Arrival) -> None:
         """Follow a rehearsed plan from here on, and make room where it says too little, if no recorded step gave one.
@@ -340,7 +444,7 @@ class Session:
         Raises:
             UnknownTensor: the session never saw `tensor`, or does not see now.
         """
-        entered, resting = self._thread is not None, self._stack is None  # KeepAll rests in its later steps
+        entered, resting = self._thread is not None, bool(self._step.rested)
         try:
             tracked = self._ledger.find(tensor)
         except (AttributeError, NotImplementedError, RuntimeError):  # no tensor, or one without a storage
@@ -353,7 +457,7 @@ class Session:
             raise UnknownTensor(
                 f"cannot mark {what}: {where}. Mark what an op inside the `with` block returned, inside that block."
             )
-        self._marks = True
+        self._asked = True
         activation = tracked.activation if tracked is not None else None
         if activation is None:
             activation = self._recorder.leaf(tensor)
@@ -369,10 +473,12 @@ class Session:
 
         Returns whether that was done, the bytes freed, and why not.
         """
+        self._asked = True
         return self._evictor.try_evict(activation, policy)
 
     def sweep(self, policy: EvictionPolicy = EvictionPolicy.ALWAYS_SAFE) -> Sweep:
         """Evict all that `policy` allows, at any moment of a step."""
+        self._asked = True
         return self._evictor.sweep(policy)
 
     def sweep_to_target(self, target: int | str, policy: EvictionPolicy = EvictionPolicy.ALWAYS_SAFE) -> Sweep:
@@ -384,6 +490,7 @@ class Session:
         Raises:
             BytesError: `target` is not an amount of memory.
         """
+        self._asked = True
         return self._evictor.sweep_to_target(target if target == 0 else parse_bytes(target), policy)
 
     @property
@@ -450,6 +557,11 @@ def _told(cost: str) -> Roofline | None:
         except RehearsalError as error:
             raise SessionError(f'cost is "roofline", but {error} Or write cost="measured".') from error
     return roofline
+
+
+def _may_switch() -> bool:
+    """Whether modes and hooks that are entered or left now stay so: autograd's engine puts back what a node changed."""
+    return current_graph_task() == -1 and not in_func_transform() and hooks_refused() is None
 
 
 def _trains(module: torch.nn.Module) -> bool:

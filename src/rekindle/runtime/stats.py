@@ -28,9 +28,11 @@ class Stats:
         escalations: how often the pressure rose to medium or to high.
         rescues: second tries of ops that ran out of memory.
         departures: steps that went otherwise than their plan, and went on without one.
+        rested: steps that ran as plain PyTorch, from the first call of a module on at the latest, since all is kept in
+            them. What they did is not counted.
         rehearsals: steps that were planned before they ran, on fake tensors.
         peak_nbytes: most bytes that the ops of one step had allocated and not yet freed, above what was there when the
-            session was entered.
+            session was entered; of a step that rested, only those from before it did.
     """
 
     steps: int = 0
@@ -47,6 +49,7 @@ class Stats:
     escalations: int = 0
     rescues: int = 0
     departures: int = 0
+    rested: int = 0
     rehearsals: int = 0
     peak_nbytes: int = 0
 
