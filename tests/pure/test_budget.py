@@ -307,6 +307,15 @@ def test_deterministic() -> None:
     assert planner.plan(budget) == Planner(graph).plan(budget) == least_recompute(graph, budget)
 
 
+def test_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """Planning leaves what the user's program prints alone: solvers that talk are not let to."""
+    for graph in (transformer_step(3), random_chain(1)):
+        planner = Planner(graph)
+        for budget in grid(planner, 30):
+            planner.plan(budget)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_no_step_at_all() -> None:
     """A step in which nothing is asked for needs no recomputation."""
     graph = replace(chain_step(3), demands=())

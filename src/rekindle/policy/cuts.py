@@ -13,7 +13,6 @@ is live while recomputing is not priced. Capacities are rounded to 2**-28 of the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -140,15 +139,16 @@ class Cuts:
             return 0.0
         program, scale = Program(), COST / total
         kept = {value: ZERO if value in self._barred else program.column(integral=True) for value in self._values}
-        repeated = {op: program.column(ops[op].seconds * scale) for op in self._ops}
+        repeated = {op: program.column(ops[op].seconds * scale, integral=True) for op in self._ops}
         for value in kept.keys() & self._wanted:
             program.at_most([ONE], [kept[value], repeated[self._maker(value)]])
         for op in self._ops:
             for source in kept.keys() & ops[op].inputs:
                 program.at_most([repeated[op]], [kept[source], repeated[self._maker(source)]])
-        unit = math.gcd(*(values[value].nbytes for value in kept)) or 1
-        program.row(((column, values[value].nbytes // unit) for value, column in kept.items()), nbytes // unit)
-        result = program.solve(node_limit=_NODES, mip_rel_gap=_GAP)
+        most = max(values[value].nbytes for value in kept) or 1  # weights of up to one: no tolerance is too tight then
+        program.row(((column, values[value].nbytes / most) for value, column in kept.items()), nbytes / most)
+        # With presolve, HiGHS 1.12 prints a line of its own where undoing it leaves a row violated.
+        result = program.solve(node_limit=_NODES, mip_rel_gap=_GAP, presolve=False)
         proven = result.mip_dual_bound if any(program.integral) else result.fun  # a linear program has no dual bound
         return (proven or 0.0) / scale * (1 - _TINY)
 
