@@ -112,12 +112,14 @@ class Architecture:
         kind: what it is for, or what sets it apart.
         make: builds the model from the global random state.
         batch: the batch of a seed, made without touching the global random state.
+        warns: transformers itself warns of what it does.
     """
 
     name: str
     kind: str
     make: Callable[[], nn.Module]
     batch: Callable[[int], Batch]
+    warns: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -127,7 +129,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     """The loss that a model returns, or the mean square of all that it computes."""
     result = model(**batch)
     if getattr(result, "loss", None) is not None:
-        return result.loss
+        return result.loss.mean()
     found = [value for value in result.values() if isinstance(value, Tensor) and value.requires_grad]
     return torch.stack([value.square().mean() for value in found]).sum()
 
@@ -136,7 +138,7 @@ def _make(auto: str, name: str, settings: dict[str, Any]) -> nn.Module:
     """A model by the name of an auto class, or of its own class."""
     config = transformers.AutoConfig.for_model(name, **settings)
     model = getattr(transformers, auto)
-    return model.from_config(config) if auto.startswith("Auto") else model(config)
+    return model.from_config(config) if auto.startswith("AutoModel") else model(config)
 
 
 def _of(kind: str, auto: str, batch: Callable[[int], Batch], sizes: dict[str, Any]) -> Callable[..., Architecture]:
@@ -148,10 +150,11 @@ def _of(kind: str, auto: str, batch: Callable[[int], Batch], sizes: dict[str, An
         batch: Callable[[int], Batch] = batch,
         sizes: dict[str, Any] = sizes,
         without: Iterable[str] = (),
+        warns: bool = False,
         **settings: Any,
     ) -> Architecture:
         known = {key: value for key, value in sizes.items() if key not in without}
-        return Architecture(name, kind, partial(_make, auto, name, known | settings), batch)
+        return Architecture(name, kind, partial(_make, auto, name, known | settings), batch, warns)
 
     return entry
 
@@ -169,9 +172,9 @@ def classes(seed: int, batch: int) -> Tensor:
     return tokens(seed, batch, 1, 10).flatten()
 
 
-def language(seed: int, length: int = 32, rows: int = 2) -> Batch:
+def language(seed: int, length: int = 32, words: int = VOCABULARY) -> Batch:
     """Text that predicts itself."""
-    text = tokens(seed, rows, length)
+    text = tokens(seed, 2, length, words)
     return {"input_ids": text, "labels": text, "use_cache": False}
 
 
@@ -207,13 +210,6 @@ def pictures(seed: int, size: int = 32, rows: int = 4) -> Batch:
 def bare(seed: int, size: int = 32, rows: int = 4) -> Batch:
     """Images."""
     return {"pixel_values": images(seed, rows, size)}
-
-
-def things(seed: int) -> Batch:
-    """Images and the boxes of two things on each."""
-    boxes = floats(seed, 2, 2, 4).sigmoid() / 2 + 0.1
-    labels = [{"class_labels": tokens(seed + row, 1, 2, 10)[0], "boxes": boxes[row]} for row in range(2)]
-    return {"pixel_values": images(seed, 2, 64), "labels": labels}
 
 
 def video(seed: int) -> Batch:
@@ -280,13 +276,20 @@ def played(seed: int) -> Batch:
 
 def canvas(seed: int) -> Batch:
     """Texts, and noise in the place of what follows."""
-    return {"input_ids": tokens(seed, length=16) + 3, "decoder_input_ids": tokens(seed + 1, length=16) + 3}
+    return {
+        "input_ids": tokens(seed, length=16, vocabulary=90),
+        "decoder_input_ids": tokens(seed + 1, length=16, vocabulary=90),
+    }
 
 
 def steered(seed: int) -> Batch:
     """What a robot sees, is told and does."""
     text = torch.cat([torch.full((2, 16), IMAGE_TOKEN), tokens(seed, length=8, vocabulary=90)], dim=1)
-    seen = {"input_ids": text, "pixel_values": images(seed, 2, 32)[:, None]}
+    seen = {
+        "input_ids": text,
+        "pixel_values": images(seed, 2, 32)[:, None],
+        "pixel_attention_mask": torch.ones(2, 1, dtype=torch.bool),
+    }
     return {**seen, "state": floats(seed, 2, 8), "actions": floats(seed, 2, 16, 8)}
 
 
@@ -302,26 +305,39 @@ pair = _of("encoder-decoder", "AutoModelForSeq2SeqLM", translation, TEXT)
 long = _of("long context", "AutoModelForMaskedLM", partial(masked, length=64), TEXT)
 vision = _of("vision", "AutoModelForImageClassification", pictures, IMAGE)
 staged = _of("vision in stages", "AutoModelForImageClassification", pictures, STAGES)
-detection = _of("detection", "AutoModelForObjectDetection", things, STAGES)
+detection = _of("detection", "AutoModelForObjectDetection", partial(bare, size=64, rows=2), STAGES)
 audio = _of("audio", "AutoModelForCTC", speech, SOUND)
-both = _of("multimodal", "AutoModel", captioned, {"projection_dim": 16, "text_config": CLIP_TEXT, "vision_config": CLIP_IMAGE})
+both = _of(
+    "multimodal", "AutoModel", captioned, {"projection_dim": 16, "text_config": CLIP_TEXT, "vision_config": CLIP_IMAGE}
+)
 series = _of("time series", "AutoModelForTimeSeriesPrediction", past, TEXT)
 generative = _of("diffusion and generation", "AutoModel", language, TEXT)
 
 many = partial(translation, length=64)
 DECODERS = (
     *map(decoder, ("gpt2", "gpt_bigcode", "gpt_neox", "opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "gemma")),
-    *map(decoder, ("gemma2", "gemma3_text", "phi", "phi3", "mpt", "olmo", "olmo2", "stablelm", "starcoder2", "granite")),
+    *map(
+        decoder, ("gemma2", "gemma3_text", "phi", "phi3", "mpt", "olmo", "olmo2", "stablelm", "starcoder2", "granite")
+    ),
     *map(decoder, ("cohere", "cohere2", "persimmon", "xglm", "biogpt", "glm", "glm4", "helium", "smollm3", "nemotron")),
-    *map(decoder, ("ernie4_5", "exaone4", "apertus", "bitnet", "openai-gpt", "diffllama", "nanochat", "modernbert-decoder")),
+    *map(
+        decoder,
+        ("ernie4_5", "exaone4", "apertus", "bitnet", "openai-gpt", "diffllama", "nanochat", "modernbert-decoder"),
+    ),
     decoder("ctrl", dff=64),
     decoder("falcon", without=["head_dim"]),
     decoder("gptj", rotary_dim=8),
     decoder("codegen", rotary_dim=8),
     decoder("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=8),
-    decoder("gemma3n_text", num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "full_attention"],
-            num_kv_shared_layers=1, vocab_size_per_layer_input=96, hidden_size_per_layer_input=8, laurel_rank=8,
-            activation_sparsity_pattern=[0.5, 0.0, 0.0]),
+    decoder(
+        "gemma3n_text",
+        layer_types=["full_attention", "full_attention"],
+        num_kv_shared_layers=1,
+        vocab_size_per_layer_input=96,
+        hidden_size_per_layer_input=8,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.5, 0.0],
+    ),
     decoder("xlnet", without=["max_position_embeddings"], auto="XLNetLMHeadModel", d_inner=64, d_head=8),
 )
 EXPERTS = (
@@ -329,10 +345,21 @@ EXPERTS = (
     *map(moe, ("ernie4_5_moe", "glm4_moe", "hunyuan_v1_moe", "doge")),
     moe("deepseek_v2", num_key_value_heads=4, n_group=1, topk_group=1, first_k_dense_replace=1),
     moe("deepseek_v3", num_key_value_heads=4, n_group=1, topk_group=1, first_k_dense_replace=1),
-    moe("longcat_flash", num_key_value_heads=4, zero_expert_num=1, moe_topk=2, expert_ffn_hidden_size=32, ffn_hidden_size=64),
+    moe(
+        "longcat_flash",
+        num_key_value_heads=4,
+        zero_expert_num=1,
+        moe_topk=2,
+        expert_ffn_hidden_size=32,
+        ffn_hidden_size=64,
+    ),
     moe("dots1", n_shared_experts=1, first_k_dense_replace=1),
     moe("minimax", block_size=8),
-    moe("dbrx", attn_config={"kv_n_heads": 2, "rope_theta": 10000.0}, ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}),
+    moe(
+        "dbrx",
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    ),
     moe("switch_transformers", "AutoModelForSeq2SeqLM", translation),
     moe("nllb-moe", "AutoModelForSeq2SeqLM", translation),
 )
@@ -342,24 +369,30 @@ RECURRENT = (
     recurrent("mamba", batch=short),
     recurrent("falcon_mamba", batch=short),
     recurrent("jamba", batch=short, attn_layer_period=2, attn_layer_offset=1),
-    recurrent("zamba", batch=short, num_hidden_layers=3, attn_layer_period=3, attn_layer_offset=1, without=["head_dim"]),
     recurrent("zamba2", layers_block_type=["linear_attention", "hybrid"], without=["head_dim"]),
     recurrent("mamba2", num_heads=8, n_groups=1, state_size=16),
     recurrent("bamba", attn_layer_indices=[1]),
     recurrent("falcon_h1", mamba_d_ssm=64),
-    recurrent("nemotron_h", layers_block_type=["linear_attention", "moe", "full_attention", "mlp"], mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=16,
-              n_groups=1, moe_shared_expert_intermediate_size=32, without=["num_hidden_layers"]),
+    recurrent(
+        "nemotron_h",
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=16,
+        n_groups=1,
+        moe_shared_expert_intermediate_size=32,
+        without=["num_hidden_layers"],
+    ),
     recurrent("granitemoehybrid", layer_types=["mamba", "attention"], shared_intermediate_size=32),
     recurrent("qwen3_next", layer_types=["linear_attention", "full_attention"]),
-    recurrent("kimi_linear", num_key_value_heads=4),
     recurrent("lfm2", layer_types=["conv", "full_attention"], block_multiple_of=32),
     recurrent("rwkv", batch=partial(language, length=8)),
-    recurrent("xlstm", mode="train", return_last_states=False, chunk_size=16),
+    recurrent("xlstm", batch=partial(language, length=8), without=["v_head_dim"]),
 )
 ENCODERS = (
     *map(encoder, ("bert", "roberta", "albert", "electra", "deberta", "deberta-v2", "mpnet", "xlm", "camembert")),
     *map(encoder, ("ernie", "modernbert", "megatron-bert", "roformer", "ibert", "fnet", "mra", "yoso", "esm")),
-    *map(encoder, ("flaubert", "nystromformer", "data2vec-text", "roberta-prelayernorm", "eurobert")),
+    *map(encoder, ("nystromformer", "roberta-prelayernorm", "eurobert")),
     encoder("distilbert", dim=32, hidden_dim=64),
     encoder("funnel", block_sizes=(1, 1), without=["num_hidden_layers"], d_head=8, d_inner=64),
     encoder("squeezebert", embedding_size=32),
@@ -369,37 +402,92 @@ ENCODERS = (
     encoder("rembert", input_embedding_size=32, output_embedding_size=32),
     encoder("luke", entity_vocab_size=32, entity_emb_size=32),
     encoder("xmod", default_language="en_XX"),
-    encoder("perceiver", d_latents=32, num_latents=32, num_self_attends_per_block=2, num_self_attention_heads=4, num_cross_attention_heads=4, qk_channels=32, v_channels=32),
-    encoder("canine", "AutoModelForTokenClassification", tagged, num_hash_buckets=96, local_transformer_stride=16, num_labels=10),
-    encoder("lilt", "AutoModelForTokenClassification", located, num_labels=10, hidden_size=48, max_2d_position_embeddings=64),
+    encoder(
+        "perceiver",
+        batch=partial(masked, length=64),
+        d_latents=32,
+        num_latents=32,
+        num_self_attends_per_block=2,
+        num_self_attention_heads=4,
+        num_cross_attention_heads=4,
+        qk_channels=32,
+        v_channels=32,
+    ),
+    encoder(
+        "canine",
+        "AutoModelForTokenClassification",
+        tagged,
+        num_hash_buckets=96,
+        local_transformer_stride=16,
+        num_labels=10,
+    ),
+    encoder(
+        "lilt", "AutoModelForTokenClassification", located, num_labels=10, hidden_size=48, max_2d_position_embeddings=64
+    ),
 )
 PAIRS = (
-    *map(pair, ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "m2m_100")),
+    *map(pair, ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "blenderbot", "m2m_100")),
     *map(pair, ("plbart", "mvp")),
-    pair("prophetnet", without=["num_hidden_layers"], num_encoder_layers=2, num_encoder_attention_heads=4, num_decoder_attention_heads=4),
     pair("fsmt", batch=partial(translation, into=32), src_vocab_size=96, tgt_vocab_size=96),
     pair("t5gemma", encoder=TEXT, decoder=TEXT),
 )
 LONG = (
     long("longformer", attention_window=16, max_position_embeddings=80),
     long("big_bird", block_size=4, num_random_blocks=1),
-    long("led", "AutoModelForSeq2SeqLM", many, attention_window=16, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64),
+    long(
+        "led",
+        "AutoModelForSeq2SeqLM",
+        many,
+        attention_window=16,
+        max_encoder_position_embeddings=64,
+        max_decoder_position_embeddings=64,
+    ),
     long("bigbird_pegasus", "AutoModelForSeq2SeqLM", many, block_size=4, num_random_blocks=1),
     long("longt5", "AutoModelForSeq2SeqLM", many, local_radius=7),
     long("pegasus_x", "AutoModelForSeq2SeqLM", many, block_size=16, num_global_tokens=4),
 )
 VISION = (
-    *map(vision, ("vit", "deit", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers", "vit_msn", "ijepa")),
+    *map(vision, ("vit", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers", "vit_msn", "ijepa")),
+    vision("deit", "DeiTForImageClassification"),
     vision("dinov3_vit", "AutoModel", bare),
-    vision("vit_mae", "AutoModelForPreTraining", bare, decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=4, decoder_intermediate_size=64),
+    vision(
+        "vit_mae",
+        "AutoModelForPreTraining",
+        bare,
+        decoder_hidden_size=32,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=4,
+        decoder_intermediate_size=64,
+    ),
     vision("videomae", "AutoModelForVideoClassification", video, num_frames=4),
     vision("vivit", "AutoModelForVideoClassification", video, num_frames=4, tubelet_size=(2, 8, 8)),
     vision("timesformer", "AutoModelForVideoClassification", video, num_frames=4),
-    vision("dpt", "AutoModelForDepthEstimation", bare, num_hidden_layers=4, backbone_out_indices=(0, 1, 2, 3), neck_hidden_sizes=(8, 16, 16, 32), fusion_hidden_size=16),
-    vision("yolos", "AutoModelForObjectDetection", things, image_size=(64, 64), num_detection_tokens=8),
+    vision(
+        "dpt",
+        "AutoModelForDepthEstimation",
+        bare,
+        num_hidden_layers=4,
+        backbone_out_indices=(0, 1, 2, 3),
+        neck_hidden_sizes=(8, 16, 16, 32),
+        fusion_hidden_size=16,
+    ),
+    vision(
+        "yolos",
+        "AutoModelForObjectDetection",
+        partial(bare, size=64, rows=2),
+        image_size=(64, 64),
+        num_detection_tokens=8,
+    ),
 )
 TWO = {"depths": (1, 1), "hidden_sizes": (16, 32)}
-PYRAMID = {**TWO, "num_encoder_blocks": 2, "num_attention_heads": (1, 2), "mlp_ratios": (2, 2), "sr_ratios": (2, 1), "strides": (4, 2)}
+PYRAMID = {
+    **TWO,
+    "num_encoder_blocks": 2,
+    "num_attention_heads": (1, 2),
+    "mlp_ratios": (2, 2),
+    "sr_ratios": (2, 1),
+    "strides": (4, 2),
+}
 STAGED = (
     staged("swin", embed_dim=16, depths=(1, 1), num_heads=(2, 4), window_size=4),
     staged("swinv2", embed_dim=16, depths=(1, 1), num_heads=(2, 4), window_size=4),
@@ -415,73 +503,371 @@ STAGED = (
     staged("poolformer", patch_sizes=(7, 3), strides=(4, 2), padding=(2, 1), num_encoder_blocks=2, **TWO),
     staged("mobilenet_v1", depth_multiplier=0.25),
     staged("mobilenet_v2", depth_multiplier=0.25),
-    staged("mobilevit", hidden_sizes=(16, 24, 32), neck_hidden_sizes=(8, 8, 16, 16, 24, 24, 32), mlp_ratio=2.0, num_attention_heads=4),
-    staged("mobilevitv2", batch=partial(pictures, size=64, rows=2), base_attn_unit_dims=(16, 24, 32), n_attn_blocks=(1, 1, 1), width_multiplier=0.25),
-    staged("levit", image_size=64, batch=partial(pictures, size=64), hidden_sizes=(16, 24, 32), num_attention_heads=(2, 2, 2), depths=(1, 1, 1), key_dim=(8, 8, 8)),
-    staged("cvt", embed_dim=(16, 24, 32), num_heads=(1, 2, 2), depth=(1, 1, 1)),
+    staged(
+        "mobilevit",
+        hidden_sizes=(16, 24, 32),
+        neck_hidden_sizes=(8, 8, 16, 16, 24, 24, 32),
+        mlp_ratio=2.0,
+        num_attention_heads=4,
+    ),
+    staged(
+        "mobilevitv2",
+        batch=partial(pictures, size=64, rows=2),
+        base_attn_unit_dims=(16, 24, 32),
+        n_attn_blocks=(1, 1, 1),
+        width_multiplier=0.25,
+    ),
+    staged(
+        "levit",
+        "LevitForImageClassification",
+        image_size=64,
+        batch=partial(pictures, size=64),
+        hidden_sizes=(16, 24, 32),
+        num_attention_heads=(2, 2, 2),
+        depths=(1, 1, 1),
+        key_dim=(8, 8, 8),
+    ),
+    staged("cvt", embed_dim=(16, 24, 32), num_heads=(1, 2, 2), depth=(1, 2, 3)),
     staged("focalnet", embed_dim=16, focal_levels=(2, 2), focal_windows=(3, 3), **TWO),
-    staged("efficientnet", width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=64, kernel_sizes=(3, 5), in_channels=(32, 16), out_channels=(16, 24), strides=(1, 2), num_block_repeats=(1, 1), expand_ratios=(1, 6)),
-    staged("hiera", image_size=(64, 64), batch=partial(pictures, size=64, rows=2), embed_dim=16, depths=(1, 1), num_heads=(1, 2), num_query_pool=1, masked_unit_attention=(True, False)),
-    staged("textnet", stem_out_channels=16, hidden_sizes=(16, 16, 24, 24, 32), conv_layer_kernel_sizes=[[[3, 3]], [[3, 1]], [[1, 3]], [[3, 3]]], conv_layer_strides=[[2], [2], [1], [1]]),
+    staged(
+        "efficientnet",
+        width_coefficient=0.25,
+        depth_coefficient=0.25,
+        hidden_dim=320,
+        kernel_sizes=(3, 5),
+        in_channels=(32, 16),
+        out_channels=(16, 24),
+        strides=(1, 2),
+        num_block_repeats=(1, 1),
+        expand_ratios=(1, 6),
+    ),
+    staged(
+        "hiera",
+        image_size=(64, 64),
+        batch=partial(pictures, size=64, rows=2),
+        embed_dim=16,
+        depths=(1, 1),
+        num_heads=(1, 2),
+        num_query_pool=1,
+        masked_unit_attention=(True, False),
+    ),
+    staged(
+        "textnet",
+        stem_out_channels=16,
+        hidden_sizes=(16, 16, 24, 24, 32),
+        conv_layer_kernel_sizes=[[[3, 3]], [[3, 1]], [[1, 3]], [[3, 3]]],
+        conv_layer_strides=[[2], [2], [1], [1]],
+    ),
     staged("swiftformer", batch=partial(pictures, size=64, rows=2), depths=(1, 1, 1, 1), embed_dims=(16, 24, 32, 32)),
-    staged("swin2sr", "AutoModelForImageToImage", partial(bare, size=16, rows=2), image_size=16, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4),
-    staged("superpoint", "AutoModel", bare),
+    staged(
+        "swin2sr",
+        "AutoModelForImageToImage",
+        partial(bare, size=16, rows=2),
+        image_size=16,
+        embed_dim=16,
+        depths=(1, 1),
+        num_heads=(2, 2),
+        window_size=4,
+    ),
 )
 BACKBONE = {"model_type": "resnet", "embedding_size": 16, "out_features": ["stage2"], **TWO}
-DETR = {"backbone_config": BACKBONE, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 8}
+DETR = {
+    "backbone_config": BACKBONE,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_queries": 8,
+}
 DETECTION = (
     detection("detr", **DETR),
     detection("conditional_detr", **DETR),
-    detection("deformable_detr", **DETR | {"num_feature_levels": 1}),
-    detection("table-transformer", **DETR),
+    detection("deformable_detr", **DETR | {"num_feature_levels": 1, "decoder_layers": 2}),
 )
 AUDIO = (
     *map(audio, ("wav2vec2", "hubert", "wavlm", "sew", "sew-d", "unispeech", "unispeech-sat", "wav2vec2-conformer")),
     audio("data2vec-audio"),
-    audio("wav2vec2-bert", batch=partial(spectrogram, 48, 160)),
-    audio("whisper", "AutoModelForSpeechSeq2Seq", lambda seed: spectrogram(seed, 16, 64), max_source_positions=32, max_target_positions=32),
-    audio("speech_to_text", "AutoModelForSpeechSeq2Seq", lambda seed: spectrogram(seed, 64, 16), input_feat_per_channel=16, conv_channels=32, max_source_positions=64, max_target_positions=32),
-    audio("moonshine", "AutoModelForSpeechSeq2Seq", partial(speech, samples=4000), encoder_num_hidden_layers=2, decoder_num_hidden_layers=2, encoder_num_attention_heads=4, decoder_num_attention_heads=4, encoder_num_key_value_heads=4, decoder_num_key_value_heads=4, without=["num_key_value_heads"]),
-    audio("audio-spectrogram-transformer", "AutoModelForAudioClassification", heard, max_length=64, patch_size=8, frequency_stride=8, time_stride=8),
-    audio("parakeet_ctc", batch=lambda seed: {**spectrogram(seed, 64, 16), "labels": tokens(seed, length=4, vocabulary=20) + 1}, encoder_config={**SOUND, "num_mel_bins": 16}),
+    audio("wav2vec2-bert", batch=lambda seed: spectrogram(seed, 48, 160)),
+    audio(
+        "whisper",
+        "AutoModelForSpeechSeq2Seq",
+        lambda seed: spectrogram(seed, 16, 64),
+        max_source_positions=32,
+        max_target_positions=32,
+    ),
+    audio(
+        "speech_to_text",
+        "AutoModelForSpeechSeq2Seq",
+        lambda seed: spectrogram(seed, 64, 16),
+        input_feat_per_channel=16,
+        conv_channels=32,
+        max_source_positions=64,
+        max_target_positions=32,
+    ),
+    audio(
+        "moonshine",
+        "AutoModelForSpeechSeq2Seq",
+        partial(speech, samples=4000),
+        encoder_num_hidden_layers=2,
+        decoder_num_hidden_layers=2,
+        encoder_num_attention_heads=4,
+        decoder_num_attention_heads=4,
+        encoder_num_key_value_heads=4,
+        decoder_num_key_value_heads=4,
+        without=["num_key_value_heads"],
+    ),
+    audio(
+        "audio-spectrogram-transformer",
+        "AutoModelForAudioClassification",
+        heard,
+        max_length=64,
+        patch_size=8,
+        frequency_stride=8,
+        time_stride=8,
+    ),
+    audio(
+        "parakeet_ctc",
+        batch=lambda seed: {
+            **spectrogram(seed, 64, 16),
+            "labels": tokens(seed, length=4, vocabulary=20) + 1,
+            "attention_mask": torch.ones(2, 64, dtype=torch.long),
+        },
+        encoder_config={**SOUND, "subsampling_conv_channels": 8},
+    ),
     audio("speecht5", "AutoModelForSpeechSeq2Seq", speech),
 )
 MULTIMODAL = (
     both("clip"),
     both("siglip"),
     both("chinese_clip"),
-    both("altclip"),
-    both("metaclip_2"),
-    both("clipseg", reduce_dim=16),
+    both("altclip", text_config={**CLIP_TEXT, "max_position_embeddings": 24}),
     both("owlvit"),
-    both("groupvit"),
-    both("flava"),
     both("blip", "BlipForConditionalGeneration", described),
-    both("vilt", "AutoModelForVisualQuestionAnswering", lambda seed: {**described(seed), "labels": floats(seed, 2, 10).sigmoid()}, sizes={**TEXT, **IMAGE}),
+    both(
+        "vilt",
+        "AutoModelForVisualQuestionAnswering",
+        lambda seed: {**described(seed), "labels": floats(seed, 2, 10).sigmoid()},
+        sizes={**TEXT, **IMAGE},
+    ),
     both("git", "AutoModelForCausalLM", described, sizes={**TEXT, "vision_config": CLIP_IMAGE}),
-    both("visual_bert", "VisualBertForQuestionAnswering", lambda seed: {**tagged(seed), "labels": floats(seed, 2, 10).softmax(-1), "attention_mask": torch.ones(2, 40), "visual_embeds": floats(seed, 2, 8, 32)}, sizes={**TEXT, "num_labels": 10}, visual_embedding_dim=32),
-    both("layoutlmv3", "AutoModelForTokenClassification", lambda seed: {**located(seed), **bare(seed, rows=2)}, sizes={**TEXT, **IMAGE}, input_size=32, max_2d_position_embeddings=64, coordinate_size=4, shape_size=8),
-    both("pix2struct", "Pix2StructForConditionalGeneration", lambda seed: {"flattened_patches": floats(seed, 2, 16, 194).abs(), "labels": tokens(seed, length=12)}, text_config=TEXT, vision_config={**IMAGE, "d_ff": 64, "d_kv": 8, "patch_embed_hidden_size": 194 - 2, "seq_len": 16}),
-    both("llava", "AutoModelForImageTextToText", lambda seed: {**described(seed), "input_ids": torch.cat([torch.full((2, 16), IMAGE_TOKEN), tokens(seed, length=16, vocabulary=90)], 1), "labels": tokens(seed)}, sizes={}, text_config={**TEXT, "model_type": "llama"}, vision_config={**CLIP_IMAGE, "model_type": "clip_vision_model"}, image_token_index=IMAGE_TOKEN),
-    both("lxmert", "AutoModel", lambda seed: {"input_ids": tokens(seed), "visual_feats": floats(seed, 2, 8, 32), "visual_pos": floats(seed, 2, 8, 4).sigmoid()}, sizes=TEXT, visual_feat_dim=32, l_layers=1, x_layers=1, r_layers=1, without=["num_hidden_layers"]),
+    both(
+        "visual_bert",
+        "VisualBertForQuestionAnswering",
+        lambda seed: {
+            **tagged(seed),
+            "labels": floats(seed, 2, 10).softmax(-1),
+            "attention_mask": torch.ones(2, 32),
+            "visual_embeds": floats(seed, 2, 8, 32),
+        },
+        sizes={**TEXT, "num_labels": 10},
+        visual_embedding_dim=32,
+    ),
+    both(
+        "layoutlmv3",
+        "AutoModelForTokenClassification",
+        lambda seed: {**located(seed), **bare(seed, rows=2)},
+        sizes={**TEXT, **IMAGE},
+        input_size=32,
+        max_2d_position_embeddings=64,
+        coordinate_size=4,
+        shape_size=8,
+    ),
+    both(
+        "pix2struct",
+        "Pix2StructForConditionalGeneration",
+        lambda seed: {"flattened_patches": floats(seed, 2, 16, 194).abs(), "labels": tokens(seed, length=12)},
+        text_config=TEXT,
+        vision_config={**IMAGE, "d_ff": 64, "d_kv": 8, "patch_embed_hidden_size": 194 - 2, "seq_len": 16},
+    ),
+    both(
+        "llava",
+        "AutoModelForImageTextToText",
+        lambda seed: {
+            **described(seed),
+            "input_ids": torch.cat([torch.full((2, 16), IMAGE_TOKEN), tokens(seed, length=16, vocabulary=90)], 1),
+            "labels": tokens(seed),
+        },
+        sizes={},
+        text_config={**TEXT, "model_type": "llama"},
+        vision_config={**CLIP_IMAGE, "model_type": "clip_vision_model"},
+        image_token_index=IMAGE_TOKEN,
+    ),
+    both(
+        "lxmert",
+        "AutoModel",
+        lambda seed: {
+            "input_ids": tokens(seed),
+            "visual_feats": floats(seed, 2, 8, 32),
+            "visual_pos": floats(seed, 2, 8, 4).sigmoid(),
+        },
+        sizes=TEXT,
+        visual_feat_dim=32,
+        l_layers=1,
+        x_layers=1,
+        r_layers=1,
+        without=["num_hidden_layers"],
+    ),
 )
 SERIES = (
-    series("patchtst", "PatchTSTForPrediction", past, num_input_channels=3, context_length=32, patch_length=4, patch_stride=4, prediction_length=8),
-    series("patchtsmixer", "PatchTSMixerForPrediction", past, num_input_channels=3, context_length=32, patch_length=4, patch_stride=4, prediction_length=8),
-    series("time_series_transformer", batch=dated, context_length=32, prediction_length=16, lags_sequence=[1, 2, 4, 8], num_time_features=2),
-    series("informer", batch=dated, context_length=32, prediction_length=16, lags_sequence=[1, 2, 4, 8], num_time_features=2),
-    series("autoformer", batch=dated, context_length=32, prediction_length=16, lags_sequence=[1, 2, 4, 8], num_time_features=2, moving_average=5),
+    series(
+        "patchtst",
+        "PatchTSTForPrediction",
+        past,
+        num_input_channels=3,
+        context_length=32,
+        patch_length=4,
+        patch_stride=4,
+        prediction_length=8,
+    ),
+    series(
+        "patchtsmixer",
+        "PatchTSMixerForPrediction",
+        past,
+        num_input_channels=3,
+        context_length=32,
+        patch_length=4,
+        patch_stride=4,
+        prediction_length=8,
+    ),
+    series(
+        "time_series_transformer",
+        "TimeSeriesTransformerForPrediction",
+        batch=dated,
+        context_length=32,
+        prediction_length=16,
+        lags_sequence=[1, 2, 4, 8],
+        num_time_features=2,
+    ),
+    series(
+        "informer",
+        "InformerForPrediction",
+        batch=dated,
+        context_length=32,
+        prediction_length=16,
+        lags_sequence=[1, 2, 4, 8],
+        num_time_features=2,
+    ),
+    series(
+        "autoformer",
+        "AutoformerForPrediction",
+        batch=dated,
+        context_length=32,
+        prediction_length=16,
+        lags_sequence=[1, 2, 4, 8],
+        num_time_features=2,
+        moving_average=5,
+    ),
     series("decision_transformer", "AutoModel", played, state_dim=6, act_dim=3, max_ep_len=32),
-    series("timesfm", "TimesFmModelForPrediction", lambda seed: {"past_values": floats(seed, 2, 64), "freq": torch.zeros(2, dtype=torch.long), "future_values": floats(seed, 2, 16)}, patch_length=8, context_length=64, horizon_length=16),
+    series(
+        "timesfm",
+        "TimesFmModelForPrediction",
+        lambda seed: {
+            "past_values": floats(seed, 2, 64),
+            "freq": torch.zeros(2, dtype=torch.long),
+            "future_values": floats(seed, 2, 16),
+        },
+        patch_length=8,
+        context_length=64,
+        horizon_length=16,
+    ),
 )
 GENERATIVE = (
-    generative("diffusion_gemma", "DiffusionGemmaForBlockDiffusion", canvas, sizes={}, text_config={**TEXT, "global_head_dim": 8, "top_k_experts": 2}, vision_config=IMAGE, canvas_length=16),
-    generative("pi0", "PI0ForConditionalGeneration", steered, sizes={}, vlm_config={"model_type": "paligemma", "text_config": {**TEXT, "model_type": "gemma"}, "vision_config": {**IMAGE, "model_type": "siglip_vision_model", "vision_use_head": False}, "projection_dim": 32, "image_token_id": IMAGE_TOKEN}, dit_config={**TEXT, "model_type": "gemma"}, chunk_size=16, max_state_dim=8, max_action_dim=8),
-    generative("vits", "AutoModel", lambda seed: {"input_ids": tokens(seed, length=16, vocabulary=38)}),
-    generative("univnet", "UnivNetModel", lambda seed: {"input_features": floats(seed, 2, 16, 10)}, sizes={"num_mel_bins": 10}, model_in_channels=8, model_hidden_channels=8, kernel_predictor_hidden_channels=8, resblock_stride_sizes=(4, 4, 2)),
+    generative(
+        "diffusion_gemma",
+        "DiffusionGemmaForBlockDiffusion",
+        canvas,
+        sizes={},
+        text_config={**TEXT, "global_head_dim": 8, "top_k_experts": 2},
+        vision_config=IMAGE,
+        canvas_length=16,
+    ),
+    generative(
+        "pi0",
+        "PI0ForConditionalGeneration",
+        steered,
+        sizes={},
+        vlm_config={
+            "model_type": "paligemma",
+            "text_config": {**TEXT, "model_type": "gemma"},
+            "vision_config": {**IMAGE, "model_type": "siglip_vision_model", "vision_use_head": False},
+            "projection_dim": 32,
+            "image_token_id": IMAGE_TOKEN,
+        },
+        dit_config={**TEXT, "model_type": "gemma"},
+        chunk_size=16,
+        max_state_dim=8,
+        max_action_dim=8,
+    ),
+    generative(
+        "vits",
+        "AutoModel",
+        lambda seed: {"input_ids": tokens(seed, length=16, vocabulary=38)},
+        layerdrop=0.0,
+        flow_size=32,
+        spectrogram_bins=17,
+        upsample_initial_channel=16,
+        upsample_rates=(2, 2),
+        upsample_kernel_sizes=(4, 4),
+        resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=((1,),),
+        duration_predictor_filter_channels=16,
+        posterior_encoder_num_wavenet_layers=2,
+        prior_encoder_num_flows=2,
+        prior_encoder_num_wavenet_layers=2,
+    ),
+    generative(
+        "univnet",
+        "UnivNetModel",
+        lambda seed: {"input_features": floats(seed, 2, 16, 10)},
+        sizes={"num_mel_bins": 10},
+        model_in_channels=8,
+        model_hidden_channels=8,
+        kernel_predictor_hidden_channels=8,
+        resblock_stride_sizes=(4, 4, 2),
+    ),
     generative("encodec", batch=wave, sizes={}, hidden_size=16, num_filters=4, codebook_size=32, codebook_dim=16),
-    generative("mimi", batch=wave, sizes=TEXT, num_filters=4, codebook_size=32, codebook_dim=16, vector_quantization_hidden_dimension=16, num_quantizers=4, upsample_groups=32),
-    generative("dac", batch=wave, sizes={}, encoder_hidden_size=8, downsampling_ratios=(2, 4), decoder_hidden_size=32, codebook_size=32, n_codebooks=2, upsampling_ratios=(4, 2)),
-    generative("imagegpt", "ImageGPTForCausalImageModeling", language, n_positions=32),
+    generative(
+        "dac",
+        batch=wave,
+        sizes={},
+        encoder_hidden_size=8,
+        downsampling_ratios=(2, 4),
+        decoder_hidden_size=32,
+        codebook_size=32,
+        n_codebooks=2,
+        upsampling_ratios=(4, 2),
+    ),
+    generative("imagegpt", "ImageGPTForCausalImageModeling", partial(language, words=95), n_positions=32),
 )
-ARCHITECTURES = (*DECODERS, *EXPERTS, *RECURRENT, *ENCODERS, *PAIRS, *LONG, *VISION, *STAGED, *DETECTION, *AUDIO, *MULTIMODAL, *SERIES, *GENERATIVE)
+ARCHITECTURES = (
+    *DECODERS,
+    *EXPERTS,
+    *RECURRENT,
+    *ENCODERS,
+    *PAIRS,
+    *LONG,
+    *VISION,
+    *STAGED,
+    *DETECTION,
+    *AUDIO,
+    *MULTIMODAL,
+    *SERIES,
+    *GENERATIVE,
+)
+
+DEPART = {
+    "jetmoe": "each expert is given as many tokens as the router sends it, one kernel an expert",
+    "longcat_flash": "tokens that are sent to an expert that does nothing take another way",
+    "dbrx": "each expert is given as many tokens as the router sends it",
+    "vits": "the length of the sound follows from durations that it draws",
+}
+LEFT_OUT = {
+    "reformer": "it seeds its hashes from the clock, so no two plain runs are equal",
+    "zamba": "transformers ties its shared weights only in sizes that are too large for a test",
+    "prophetnet": "its configuration refuses to be made small",
+    "mimi": "it computes its codebook in its first step and keeps it, so that no other step is like that one",
+    "kimi_linear": "its loops over time make a step of thousands of small ops, for which planning takes long",
+}
