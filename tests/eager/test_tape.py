@@ -10,6 +10,7 @@ import torch
 import rekindle
 from helpers import Layer, small_batch, small_model
 from rekindle.graph import verify_graph
+from rekindle.graph.timeline import ends
 
 pytestmark = pytest.mark.filterwarnings("ignore:PerModule.*no module that ran")  # some models here have no Layer
 
@@ -86,6 +87,48 @@ def test_a_snapshot_is_a_value(policy, grad):
     assert (copy.nbytes, copy.made_by) == (x.nbytes, write.number)
     assert copy.dropped is not None
     assert copy.dropped > len(graph.forward)
+
+
+@pytest.mark.parametrize("policy", [None, rekindle.KeepNone()], ids=repr)
+def test_what_is_written_in_parts_is_a_value(policy):
+    """A storage that parts are written to, and that so cannot be recomputed, has bytes as long as something may be
+    recomputed from it: plans that took it for a leaf went over their budgets. DeepSeek joins its keys like this."""
+    x, weight = small_batch(0), torch.ones(32, 64, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        both = torch.empty(32, 64)
+        both[:, :32] = x[:, 32:]
+        both[:, 32:] = x[:, :32]
+        return (both * 2 * weight).sin()
+
+    graph = graph_of(policy, forward)
+    made = graph.values[next(op for op in graph.ops if ".empty." in op.name).outputs[0]]
+    for write in (op for op in graph.ops if ".copy_." in op.name):
+        assert write.inputs[0] == made.number
+        (number,) = write.outputs
+        assert graph.values[number].overwrites == made.number
+        made = graph.values[number]
+        assert (made.nbytes, made.evictable) == (x.nbytes, False)
+        assert made.why_kept == "from an empty tensor that no recorded op has filled"
+    (double, _) = (op for op in graph.forward if ".mul." in op.name)
+    assert double.inputs == (made.number,)
+    last = max(demand.until for demand in graph.demands)
+    assert ends(graph)[made.number] == last > len(graph.forward)
+
+
+@pytest.mark.parametrize("write", [torch.Tensor.mul_, torch.Tensor.zero_], ids=["reads", "overwrites"])
+def test_a_write_to_what_stands_is_no_value(write):
+    """An input that is written to has no bytes beside those that stand."""
+    x, weight = small_batch(0), torch.ones(32, 64, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            write(x, *([2] if write is torch.Tensor.mul_ else []))
+        return (x * weight).sin()
+
+    graph = graph_of(None, forward)
+    read = next(op for op in graph.forward if ".mul." in op.name).inputs
+    assert [graph.values[number].made_by for number in read] == [None, None]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)

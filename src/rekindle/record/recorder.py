@@ -252,6 +252,7 @@ class Recorder(TorchDispatchMode):
         if tape is not None:
             inputs = [self._value(tape, a) for a in op.inputs]
             outputs = [tape.made(a) for a in made if a is not None]
+            outputs += self._rewritten(tape, written, made, opaque)
             outputs += [copy for write in (*written, *past) for copy in tape.copied(write)]
             for tensor in tensors_in((args, tuple(kwargs.values()), result)):
                 tape.seen(tensor)
@@ -558,6 +559,15 @@ class Recorder(TorchDispatchMode):
         tracked.value_id = -1
         self._displace(op, write)
         return new
+
+    def _rewritten(self, tape: Tape, written: list[Write], made: Sequence[Activation | None], why: str) -> list[int]:
+        """The ids of what storages hold since an op wrote to them, where that is a leaf."""
+        found: list[int] = []
+        for write, new in zip(written, made, strict=False):
+            tracked = self._storages.get(write.key)
+            if new is None and tracked is not None and write.tensors[0].untyped_storage()._cdata == write.key:
+                found += tape.rewritten(tracked, write.old, why)
+        return found
 
     def _displace(self, op: Op, write: Write) -> None:
         """See to what is still wanted of a value that has been overwritten."""

@@ -156,6 +156,17 @@ class Tape:
         if new is not None:
             self._values[self.value_of(new)].overwrites = self.value_of(old)
 
+    def rewritten(self, tracked: Tracked, old: Activation, why_kept: str) -> list[int]:
+        """The id of what a storage of this step holds since the op written down next wrote over part of `old`, and that
+        cannot be recomputed; none if it was there before, for then it stands."""
+        draft = self._values[self.value_of(old)]
+        if draft.made_by is None or not tracked.nbytes:
+            return []
+        number = self.plain_value(tracked)
+        self._values[number].why_kept = draft.why_kept or why_kept
+        self._values[number].overwrites = self.value_of(old)
+        return [number]
+
     def state(self, nbytes: int) -> None:
         """Count the state of a generator, which stays as long as its op may be repeated."""
         self._states += nbytes
