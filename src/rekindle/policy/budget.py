@@ -106,6 +106,8 @@ class Planner:
 
     def find(self, budget: int) -> Plan | None:
         """The same, None if no plan is found; without a look for the floor, which takes several times as long."""
+        if self.full <= budget:
+            return self._promise(self._everything, budget)
         found = self._on_front(budget) if self._small else self._find(budget)
         return None if found is None else self._promise(found, budget)
 
@@ -168,8 +170,6 @@ class Planner:
     # -- search ------------------------------------------------------------------------------------------------------
 
     def _find(self, budget: int) -> _Candidate | None:
-        if self.full <= budget:
-            return self._everything
         if budget < self.graph.standing:
             return None
         best: _Candidate | None = None
