@@ -1,10 +1,12 @@
 """How much memory does a step take at its peak, and how much CPU time, in each way to run it?
 
-    python benchmarks/peak_memory.py [--model gpt2] [--way per-module] [--rounds 5] [--write]
+    python benchmarks/peak_memory.py [--model gpt2] [--way per-module] [--rounds 5] [--page NAME] [--write]
 
 Peaks come from the allocator's events, with gradients allocated before. A budget is what stands (parameters, gradients,
-buffers, the batch) and a share of what the plain step allocates beside. CPU time is the median over rounds in which
-the ways take turns. `same` says whether loss, gradients, buffers and random state equal the plain step bit for bit.
+buffers, the batch) and a share of what the plain step allocates beside, or what checkpoints per block do. CPU time is
+the median over rounds in which the ways take turns; `may take` is plain's, and for a plan 1.15 times the seconds of
+recomputation that it predicts and 20 microseconds for each recorded op. `same` says whether loss, gradients, buffers
+and random state equal the plain step bit for bit.
 """
 
 from __future__ import annotations
@@ -38,7 +40,17 @@ WORKLOADS = {
 SHARES = (0.7, 0.5, 0.35)
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 SCORED = {"MemoryOptimal": rekindle.MemoryOptimal, "SpeedOptimal": rekindle.SpeedOptimal, "Balanced": rekindle.Balanced}
-HEADER = ("way", "peak MiB", "of plain", "CPU seconds", "of plain", "ops replayed", "own peak off by", "same")
+HEADER = (
+    "way",
+    "peak MiB",
+    "of plain",
+    "CPU seconds",
+    "of plain",
+    "may take",
+    "ops replayed",
+    "own peak off by",
+    "same",
+)
 
 
 @dataclass
@@ -52,6 +64,7 @@ class Measured:
     differs: list[str] = field(default_factory=list)
     replayed: str = ""
     own_peak: str = ""
+    planned: float | None = None
 
     @property
     def median(self) -> float:
@@ -66,6 +79,7 @@ class Measured:
             f"{self.peak / plain.peak:.1%}",
             f"{self.median:.2f}",
             f"{self.median / plain.median:.2f}",
+            f"{plain.median + self.planned:.2f}" if self.planned is not None else "",
             self.replayed,
             self.own_peak,
             _same(self.differs),
@@ -82,9 +96,11 @@ def ways(workload: peers.Workload, ratios: Iterable[float]) -> Iterator[tuple[st
         policies |= {f"{name}({ratio})": policy(ratio) for ratio in ratios}
     for name, policy in policies.items():
         yield name, rekindle.Session(policy=policy)
-    plain = workload.peak(nullcontext())
+    plain, standing = workload.peak(nullcontext()), workload.standing()
     for share in SHARES:
-        yield f"budget {share:.0%}", rekindle.Session(memory_budget=workload.standing() + int(share * plain))
+        yield f"budget {share:.0%}", rekindle.Session(memory_budget=standing + int(share * plain))
+    peer = workload.peak(peers.Checkpointed(workload.blocks()))
+    yield "budget as per block", rekindle.Session(memory_budget=standing + peer, plan_ahead=True)
 
 
 def measure(workload: peers.Workload, chosen: list[Measured], rounds: int) -> None:
@@ -97,6 +113,9 @@ def measure(workload: peers.Workload, chosen: list[Measured], rounds: int) -> No
         each.peak = workload.peak(each.way)
         if isinstance(each.way, rekindle.Session):
             stats = each.way.last_step
+            plan = each.way.plan
+            if plan is not None and plan.forecast is not None and plan.graph is not None:
+                each.planned = 1.15 * plan.forecast.seconds + 20e-6 * len(plan.graph.ops)
             each.replayed, each.own_peak = str(stats.ops_replayed), f"{stats.peak_nbytes / each.peak - 1:+.1%}"
     for _ in range(rounds):
         for each in chosen:
@@ -119,7 +138,8 @@ def main() -> None:
     parser.add_argument("--way", default="*", help="only ways whose name matches this wildcard, and plain")
     parser.add_argument("--ratio", type=float, action="append", help="only this ratio; may be repeated")
     parser.add_argument("--rounds", type=int, default=5, help="how many steps of each way are timed")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/peak_memory.md")
+    parser.add_argument("--page", default="peak_memory", help="which page of benchmarks/results to write")
+    parser.add_argument("--write", action="store_true", help="write the page")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     sections = []
@@ -133,7 +153,7 @@ def main() -> None:
     if arguments.write:
         assert __doc__ is not None
         question = __doc__.partition("\n")[0] + "\n\n" + __doc__.rpartition("\n\n")[2].strip()
-        report.write("peak_memory", report.page("Peak memory", question, "\n\n".join(sections), ["transformers"]))
+        report.write(arguments.page, report.page("Peak memory", question, "\n\n".join(sections), ["transformers"]))
 
 
 if __name__ == "__main__":
