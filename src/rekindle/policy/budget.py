@@ -27,7 +27,7 @@ from rekindle.policy.refusal import refusal
 from rekindle.policy.schedule import schedule
 
 _CORNERS = 32  # prices tried in each frame
-_LOWERINGS = 16  # searches for a plan below the lowest one known; a large step has time for one
+_LOWERINGS = 4  # searches for a plan below the lowest one known; a large step has time for one
 _FEW = 100  # ops of the forward pass; for a step with no more of them, all budgets are planned for at once
 _FRONT = 1_200_000  # ops of the plans that are looked at for that
 _STARTS = 8  # budgets from whose plans on the others are looked for
