@@ -569,26 +569,19 @@ MULTIMODAL = (
         image_token_index=IMAGE_TOKEN,
     ),
 )
+PATCHES = {"num_input_channels": 3, "context_length": 32, "patch_length": 4, "patch_stride": 4, "prediction_length": 8}
 SERIES = (
     series(
         "patchtst",
         "PatchTSTForPrediction",
         past,
-        num_input_channels=3,
-        context_length=32,
-        patch_length=4,
-        patch_stride=4,
-        prediction_length=8,
+        **PATCHES,
     ),
     series(
         "patchtsmixer",
         "PatchTSMixerForPrediction",
         past,
-        num_input_channels=3,
-        context_length=32,
-        patch_length=4,
-        patch_stride=4,
-        prediction_length=8,
+        **PATCHES,
     ),
     series(
         "informer",

@@ -5,8 +5,8 @@ Source: a greedy knapsack over many moments at once. Moves that save recomputati
 as long as there is room for them; where there is not, those that cost least per byte make it. All that were taken are
 tried together, then the best half of them, and so on. For small steps instead Pareto local search (Paquete, Chiarandini
 and Stützle, 2004): every single change of every plan that is not dominated, which finds all budgets' plans at once.
-Regime: each try plays the step twice. A few dozen tries bring large steps within some percent of the bound; small steps
-are mostly solved.
+Regime: each try is an outlook (`policy.outlook`); what is better is played. A few dozen tries bring large
+steps within some percent of the bound; small steps are mostly solved.
 Known gaps: a local optimum. What is estimated for moves that depend on each other is wrong, and those fail together.
 """
 

@@ -58,7 +58,7 @@ class Session:
     and act from the second on, and again so whenever a step runs ops that no earlier one did.
 
     Where nothing has to go, steps rest: they run as plain PyTorch, at its speed, with nothing recorded or measured, and
-    `stats.rested` counts them. That are all but the first step under `KeepAll`, and under a budget steps like one that
+    `stats.rested` counts them. These are all but the first step under `KeepAll`, and under a budget steps like one that
     was looked at while all was kept, and went as planned. They are told apart by the modules called and by the
     geometry of what these are called with, and one in 61 is looked at all the same.
     """
