@@ -84,7 +84,8 @@ class Watched:
 @pytest.mark.parametrize("name", SESSIONS)
 def test_soak(name: str, steps: int) -> None:
     """After many steps of changing shapes the session holds what it held early on, to the byte; its plans and tables
-    are bounded; and the median step of the last quarter takes what that of the second quarter took."""
+    are bounded; and in the full run, where there are steps enough to tell, the median step of the last quarter takes
+    what that of the second quarter took."""
     torch.manual_seed(0)
     model, session, watched = Net(), SESSIONS[name](), Watched()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
@@ -103,6 +104,8 @@ def test_soak(name: str, steps: int) -> None:
     assert session.stats.steps == steps
     assert len(set(watched.storages)) == len(set(watched.nbytes)) == len(set(watched.tensors)) == 1, watched
     assert watched.objects[-1] - watched.objects[1] < 4000  # plans and tables of sizes that are not yet full
+    if steps < 10_000:
+        return  # what else the machine does for half a second decides over a quarter of a few hundred steps
     quarter = steps // 4
     early = statistics.median(watched.seconds[quarter : 2 * quarter])
     late = statistics.median(watched.seconds[-quarter:])
