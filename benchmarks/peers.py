@@ -32,28 +32,38 @@ from transformers.models.t5.modeling_t5 import T5Block
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import nets
+from helpers import random_states
 from peak import peak_bytes
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model in train mode, one batch, and the class of the blocks that people checkpoint by hand."""
+    """A model in train mode, one batch, the class of the blocks that people checkpoint by hand, and the type to which
+    the forward pass is cast."""
 
     name: str
     model: nn.Module
     batch: dict[str, Any]
     block: type[nn.Module]
+    autocast: torch.dtype | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.model.parameters()).device
 
     def step(self, way: AbstractContextManager[Any]) -> Tensor:
         """One forward and backward, run in `way`. Gradients are zeroed, not freed, so that they never count."""
         self.model.zero_grad(set_to_none=False)
         with way:
-            loss = self._loss()
+            loss = self.loss()
             loss.backward()
         return loss.detach()
 
-    def _loss(self) -> Tensor:
-        result = self.model(**self.batch)
+    def loss(self) -> Tensor:
+        """One forward pass."""
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            result = self.model(**self.batch)
         loss: Tensor = result if isinstance(result, Tensor) else result.loss
         return loss  # nobody holds the logits any longer
 
@@ -61,7 +71,7 @@ class Workload:
         """The most bytes a step in `way` held beyond what was there before it."""
         self.model.zero_grad(set_to_none=False)
         with self._buffers_put_back():
-            return peak_bytes(lambda: self.step(way))
+            return peak_bytes(lambda: self.step(way), str(self.device))
 
     @contextmanager
     def _buffers_put_back(self) -> Iterator[None]:
@@ -91,23 +101,32 @@ class Workload:
                 if parameter.grad is not None:
                     left[f"gradient of {name}"] = _digest(parameter.grad)
             left |= {f"buffer {name}": _digest(buffer) for name, buffer in self.model.named_buffers()}
-            left["random state"] = _digest(torch.get_rng_state())
+            left |= {f"random state {name}": _digest(state) for name, state in random_states().items()}
         return left
 
 
-def gpt2(layers: int = 12, width: int = 768, heads: int = 12, length: int = 512, vocabulary: int = 50257) -> Workload:
-    """GPT-2 with dropout and one sequence; the defaults are the smallest published size."""
+def gpt2(
+    layers: int = 12, width: int = 768, heads: int = 12, length: int = 512, vocabulary: int = 50257, batch: int = 1
+) -> Workload:
+    """GPT-2 with dropout; the defaults are the smallest published size, and one sequence."""
     torch.manual_seed(0)
     config = GPT2Config(
-        n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0
+        n_layer=layers,
+        n_embd=width,
+        n_head=heads,
+        n_positions=max(1024, length),
+        vocab_size=vocabulary,
+        bos_token_id=0,
+        eos_token_id=0,
     )
-    tokens = torch.randint(vocabulary, (1, length))
-    batch = {"input_ids": tokens, "labels": tokens, "use_cache": False}
-    return _warm(Workload(f"GPT-2, {layers} layers, 1 x {length} tokens", GPT2LMHeadModel(config), batch, GPT2Block))
+    name = f"GPT-2, {layers} layers, {batch} x {length} tokens"
+    return _warm(Workload(name, GPT2LMHeadModel(config), _text(vocabulary, batch, length), GPT2Block))
 
 
-def llama(layers: int = 12, width: int = 512, heads: int = 8, length: int = 512, vocabulary: int = 8000) -> Workload:
-    """A Llama-like model and two sequences."""
+def llama(
+    layers: int = 12, width: int = 512, heads: int = 8, length: int = 512, vocabulary: int = 8000, batch: int = 2
+) -> Workload:
+    """A Llama-like model, and two sequences if not told otherwise."""
     torch.manual_seed(0)
     config = LlamaConfig(
         num_hidden_layers=layers,
@@ -116,27 +135,24 @@ def llama(layers: int = 12, width: int = 512, heads: int = 8, length: int = 512,
         num_attention_heads=heads,
         vocab_size=vocabulary,
     )
-    tokens = torch.randint(vocabulary, (2, length))
-    batch = {"input_ids": tokens, "labels": tokens, "use_cache": False}
-    name = f"Llama-like, {layers} layers, width {width}, 2 x {length} tokens"
-    return _warm(Workload(name, LlamaForCausalLM(config), batch, LlamaDecoderLayer))
+    name = f"Llama-like, {layers} layers, width {width}, {batch} x {length} tokens"
+    return _warm(Workload(name, LlamaForCausalLM(config), _text(vocabulary, batch, length), LlamaDecoderLayer))
 
 
-def t5() -> Workload:
-    """T5-small without dropout on its inputs, four pairs of sequences."""
+def t5(batch: int = 4) -> Workload:
+    """T5-small without dropout on its inputs, pairs of sequences."""
     torch.manual_seed(0)
-    tokens = torch.randint(32128, (4, 128))
-    batch = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    text = _text(32128, batch, 128)
     model = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0))
-    return _warm(Workload("T5-small, 4 x 128 tokens", model, batch, T5Block))
+    return _warm(Workload(f"T5-small, {batch} x 128 tokens", model, text, T5Block))
 
 
-def bert() -> Workload:
-    """BERT-base with dropout, four sequences."""
+def bert(batch: int = 4) -> Workload:
+    """BERT-base with dropout."""
     torch.manual_seed(0)
-    tokens = torch.randint(30522, (4, 128))
-    batch = {"input_ids": tokens, "labels": tokens}
-    return _warm(Workload("BERT-base, 4 x 128 tokens", BertForMaskedLM(BertConfig()), batch, BertLayer))
+    tokens = torch.randint(30522, (batch, 128))
+    text = {"input_ids": tokens, "labels": tokens}
+    return _warm(Workload(f"BERT-base, {batch} x 128 tokens", BertForMaskedLM(BertConfig()), text, BertLayer))
 
 
 def resnet(
@@ -148,6 +164,11 @@ def resnet(
     name = f"ResNet-{3 * sum(layers) + 2}, {batch} x 3 x {size} x {size}"
     model = nets.ResNet(layers, width, classes)
     return _warm(Workload(name, model, {"images": images, "labels": labels}, nets.Bottleneck))
+
+
+def _text(vocabulary: int, batch: int, length: int) -> dict[str, Any]:
+    tokens = torch.randint(vocabulary, (batch, length))
+    return {"input_ids": tokens, "labels": tokens, "use_cache": False}
 
 
 def _warm(workload: Workload) -> Workload:
@@ -173,4 +194,4 @@ class Checkpointed:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.blake2b(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.blake2b(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -29,7 +29,7 @@ def page(title: str, question: str, body: str, packages: Sequence[str] = ()) -> 
     return (
         f"# {title}\n\n{question}\n\n"
         f"- Date: {datetime.date.today().isoformat()}\n"
-        f"- Hardware: {_processor()}, {torch.get_num_threads()} threads, {_memory()}\n"
+        f"- Hardware: {_hardware()}\n"
         f"- Versions: Python {platform.python_version()}, {versions}, {platform.system()}\n"
         f"- Command: `{command}`\n\n{body}\n"
     )
@@ -39,6 +39,12 @@ def write(name: str, text: str) -> None:
     """Put a page beside the others."""
     (FOLDER / f"{name}.md").write_text(text)
     print(f"wrote benchmarks/results/{name}.md")
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
+    return f"{_processor()}, {torch.get_num_threads()} threads, {_memory()}"
 
 
 def _processor() -> str:

@@ -17,7 +17,7 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
 
 
 def _cpu_peak(run: Callable[[], object]) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recording:
         run()
     # The public `recording.events()` adds up the allocator's events per op, and the peak inside an op would be lost.
     events = recording.profiler.kineto_results.events()

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from helpers import seeded
 from zoo import VOCABULARY, Batch, images, tokens
 
 TEXT = {
@@ -165,7 +166,7 @@ def _of(kind: str, auto: str, batch: Callable[[int], Batch], sizes: dict[str, An
 
 def floats(seed: int, *shape: int) -> Tensor:
     """Random numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=seeded(seed))
 
 
 def classes(seed: int, batch: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import rekindle
-from helpers import same_bits
+from helpers import same_bits, seeded
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of PyTorch's test modules when they are loaded
@@ -280,7 +280,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _backward(results: list[Tensor], sources: list[Tensor], twice: bool, outcome: Outcome) -> None:
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     gradients = _gradients(results, sources, generator, twice)
     outcome.add("gradient", [None if g is None else g.detach().clone() for g in gradients])
     if not twice:

@@ -38,9 +38,14 @@ def small_model(layers: int = 4, width: int = 64) -> nn.Sequential:
     return nn.Sequential(*(Layer(width) for _ in range(layers)), nn.Linear(width, width))
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator of its own, on the device where tensors are made."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def small_batch(seed: int, rows: int = 32, width: int = 64) -> Tensor:
     """Random rows, made without touching the global random state."""
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(rows, width, generator=seeded(seed))
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def train(
         results = [results] if isinstance(results, Tensor) else results
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         gradients = {name: None if grad is None else grad.clone() for name, grad in gradients.items()}
-        random = torch.get_rng_state()
+        random = random_states()
         optimizer.step()
         history.append(
             Snapshot(
@@ -82,10 +87,25 @@ def train(
                 gradients,
                 {name: buffer.clone() for name, buffer in model.named_buffers()},
                 {name: parameter.detach().clone() for name, parameter in model.named_parameters()},
-                {"state": random},
+                random,
             )
         )
     return history
+
+
+def random_states() -> dict[str, Tensor]:
+    """What the default generators will draw next, of the CPU and of an accelerator, if there is one."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Tensor]) -> None:
+    """Have the default generators go on from states that `random_states` returned."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def assert_same(plain: Iterable[Snapshot], managed: Iterable[Snapshot]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rekindle
+from helpers import random_states, seeded, set_random_states
 from rekindle import EvictionPolicy, Session
 
 REGISTERS = 4
@@ -500,21 +501,22 @@ class Twin:
         self.program, self.session, self.copies = program, session, copies
         torch.manual_seed(0)
         self.net = Net(program)
-        self.generator = torch.Generator().manual_seed(1)
-        self.state = torch.get_rng_state()
+        self.generator = seeded(1)
+        self.states = random_states()
         self.carried: Tensor | None = None
 
     def step(self, number: int, around: Callable[[Callable[[], None]], object] = _run) -> dict[str, Any]:
         """One step, run by `around`; all that it leaves behind."""
         self.net.zero_grad()
-        torch.set_rng_state(self.state)
+        set_random_states(self.states)
         left: dict[str, Any] = {}
         with contextlib.suppress(Stop):
             around(lambda: self._step(number, left))
-        self.state = torch.get_rng_state()
+        self.states = random_states()
         left |= {f"gradient of {name}": p.grad for name, p in self.net.named_parameters()}
         left |= {name: tensor.detach().clone() for name, tensor in self.net.state_dict().items()}
-        left |= {"random state": self.state, "generator": self.generator.get_state()}
+        left |= {f"random state, {device}": state for device, state in self.states.items()}
+        left["generator"] = self.generator.get_state()
         with torch.no_grad():
             for parameter in self.net.parameters():
                 if parameter.grad is not None:
@@ -536,7 +538,7 @@ class Twin:
     def take_over(self, other: Twin) -> None:
         """Be where the other one is."""
         self.net.load_state_dict(other.net.state_dict())
-        self.state = other.state
+        self.states = other.states
         self.generator.set_state(other.generator.get_state())
 
     def _step(self, number: int, left: dict[str, Any]) -> None:
@@ -561,7 +563,7 @@ class Twin:
         left |= {f"input {place}": tensor for place, tensor in enumerate(chain(*batches))}
 
     def _batch(self, seed: int) -> list[Tensor]:
-        draw = torch.Generator().manual_seed(seed)
+        draw = seeded(seed)
         width = self.program.width
         x, y = (torch.randn(width, width, generator=draw) for _ in range(2))
         return [x, y.requires_grad_()]

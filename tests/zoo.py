@@ -34,6 +34,7 @@ from transformers.models.t5.modeling_t5 import T5Block
 
 import gpt
 import nets
+from helpers import seeded
 
 Batch = dict[str, Any]
 VOCABULARY = 96
@@ -68,12 +69,12 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 def tokens(seed: int, batch: int = 2, length: int = 32, vocabulary: int = VOCABULARY) -> Tensor:
     """Random tokens."""
-    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(vocabulary, (batch, length), generator=seeded(seed))
 
 
 def images(seed: int, batch: int, size: int) -> Tensor:
     """Random images."""
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(batch, 3, size, size, generator=seeded(seed))
 
 
 def _language(seed: int) -> Batch:

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import (
 )
 
 import helpers
-from helpers import same_bits, small_batch
+from helpers import same_bits, seeded, small_batch
 from rekindle import EveryN, KeepAll, KeepNone, MemoryOptimal, Session
 
 pytestmark = [
@@ -568,13 +568,13 @@ def test_freed_graph() -> None:
 def test_numerical_gradients() -> None:
     """PyTorch's own `gradcheck` and `gradgradcheck` pass on a function that runs in a session."""
     session = Session(KeepNone(), min_nbytes=0)
-    w = torch.randn(3, 3, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    w = torch.randn(3, 3, dtype=torch.double, generator=seeded(1))
 
     def function(x: Tensor) -> Tensor:
         with session:
             return torch.tanh(F.gelu(x @ w) * x).exp()
 
-    x = torch.randn(2, 3, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(2, 3, dtype=torch.double, generator=seeded(0)).requires_grad_()
     assert torch.autograd.gradcheck(function, x)
     assert torch.autograd.gradgradcheck(function, x)
     helpers.assert_worked(session)

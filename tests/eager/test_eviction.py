@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rekindle
-from helpers import assert_same_training, live_activations, same_bits, small_batch, small_model
+from helpers import assert_same_training, live_activations, same_bits, seeded, small_batch, small_model
 from nets import ResNet
 from rekindle import EvictionPolicy
 from rekindle.record.activation import Activation
@@ -474,7 +474,7 @@ def inplace_net() -> nn.Module:
 
 def images(seed: int) -> dict[str, Tensor]:
     """A batch of it."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return {"images": torch.randn(4, 3, 32, 32, generator=generator), "labels": torch.arange(4)}
 
 

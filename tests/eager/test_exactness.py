@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import helpers
+from helpers import seeded
 from rekindle import EveryN, KeepNone, MemoryOptimal, PerModule, Session
 
 pytestmark = pytest.mark.filterwarnings("ignore:PerModule.*no module that ran")  # some models here have no such module
@@ -58,7 +59,7 @@ def _one_thread() -> Iterator[None]:
 
 def batch(number: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random rows, made without touching the global random state."""
-    return torch.randn(WIDTH, WIDTH, dtype=dtype, generator=torch.Generator().manual_seed(number))
+    return torch.randn(WIDTH, WIDTH, dtype=dtype, generator=seeded(number))
 
 
 def step(
@@ -428,7 +429,7 @@ def dropouts(net: Net, x: Tensor) -> Tensor:
 @step()
 def own_generator(net: Net, number: int, managed: helpers.Managed) -> list[Tensor]:
     """Noise from the user's generator is drawn again from its state of then, and that state is left alone."""
-    generator, x = torch.Generator().manual_seed(number), batch(number)
+    generator, x = seeded(number), batch(number)
     with managed:
         hidden = x @ net.w
         mask = torch.empty_like(hidden).bernoulli_(0.7, generator=generator)
@@ -443,7 +444,7 @@ def own_generator(net: Net, number: int, managed: helpers.Managed) -> list[Tenso
 @step(lambda: {"words": nn.Embedding(40, WIDTH, sparse=True), "bag": nn.EmbeddingBag(40, WIDTH, mode="mean")})
 def embeddings(net: Net, number: int, managed: helpers.Managed) -> Tensor:
     """Sparse gradients, and bags."""
-    words = torch.randint(40, (16, 4), generator=torch.Generator().manual_seed(number))
+    words = torch.randint(40, (16, 4), generator=seeded(number))
     with managed:
         result = F.gelu(net.m["words"](words).mean(1) @ net.w + net.m["bag"](words)).pow(2).mean()
         result.backward()
@@ -467,7 +468,9 @@ def modules_that_write(net: Net, x: Tensor) -> Tensor:
 @loss(lambda: {"gru": nn.GRU(WIDTH, WIDTH, bidirectional=True), "cell": nn.LSTMCell(WIDTH, WIDTH)})
 def recurrent(net: Net, x: Tensor) -> Tensor:
     """Packed sequences, and a cell called in a loop."""
-    packed = nn.utils.rnn.pack_sequence([x @ net.w, (x @ net.v)[:9], x[:3]])
+    sequences = [x @ net.w, (x @ net.v)[:9], x[:3]]
+    with torch.device("cpu"):  # where lengths have to be
+        packed = nn.utils.rnn.pack_sequence(sequences)
     out, _ = nn.utils.rnn.pad_packed_sequence(net.m["gru"](packed)[0])
     state = None
     for row in out[:6, :, :WIDTH]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import rekindle
-from helpers import live_activations, same_bits
+from helpers import live_activations, same_bits, seeded
 from rekindle import EveryN, FakeReader, KeepNone, Pressure, Session
 from rekindle.record.aliasing import disjoint, window_of
 from rekindle.record.recorder import Recorder
@@ -677,7 +677,7 @@ def test_backward_that_writes_what_it_saved_is_seen() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_disjoint(seed: int) -> None:
     """Windows said to be disjoint share no byte; and for slices of one tensor that have none in common, it is said."""
-    pick = torch.Generator().manual_seed(seed)
+    pick = seeded(seed)
 
     def number(below: int) -> int:
         return int(torch.randint(below, (), generator=pick))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rekindle
-from helpers import same_bits, small_batch
+from helpers import same_bits, seeded, small_batch
 from watch import living, log_replays
 
 Mark = Callable[[Tensor], rekindle.Activation]
@@ -18,7 +18,7 @@ NEVER_KEEP = [rekindle.KeepNone(), rekindle.EveryN(1000), rekindle.ByDepth(1000)
 
 def weight() -> Tensor:
     """A parameter."""
-    return torch.randn(64, 64, generator=torch.Generator().manual_seed(5)).div(8).requires_grad_()
+    return torch.randn(64, 64, generator=seeded(5)).div(8).requires_grad_()
 
 
 def run(forward: Callable[[Tensor, Tensor, Mark], Tensor], session: rekindle.Session | None) -> list[Tensor]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
+from helpers import seeded
 from peak import peak_bytes
 from rekindle.record import sizes, torch_private
 from rekindle.record.schema import traits_of
@@ -98,9 +99,9 @@ def test_zoo(entry: Entry) -> None:
     assert unknown == set()  # everything large is bounded for sure, so that the first step keeps its budget
 
 
-X = torch.randn(8, 64, 128, generator=torch.Generator().manual_seed(0))
-IMAGES = torch.randn(4, 16, 32, 32, generator=torch.Generator().manual_seed(0))
-QUERIES = torch.randn(2, 4, 64, 16, generator=torch.Generator().manual_seed(0))
+X = torch.randn(8, 64, 128, generator=seeded(0))
+IMAGES = torch.randn(4, 16, 32, 32, generator=seeded(0))
+QUERIES = torch.randn(2, 4, 64, 16, generator=seeded(0))
 LAST = IMAGES.to(memory_format=torch.channels_last)
 LABELS = torch.arange(512) % 128
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rekindle
 from gpt import GPT, Block, GPTConfig
-from helpers import Layer, small_batch, small_model
+from helpers import Layer, seeded, small_batch, small_model
 from nets import LSTM, UNet
 from peak import peak_bytes
 from watch import log_replays
@@ -262,13 +262,13 @@ def test_peak_of_a_step_is_its_own():
 
 def tokens(rows: int, length: int, vocabulary: int) -> tuple[Tensor, Tensor]:
     """A text of random tokens, and the tokens that follow."""
-    text = torch.randint(0, vocabulary, (rows, length + 1), generator=torch.Generator().manual_seed(0))
+    text = torch.randint(0, vocabulary, (rows, length + 1), generator=seeded(0))
     return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
 def images(size: int) -> tuple[Tensor, Tensor]:
     """Random images, and a class for each pixel."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     return torch.randn(2, 3, size, size, generator=generator), torch.randint(0, 3, (2, size, size), generator=generator)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import helpers
 import rekindle
-from helpers import small_batch, small_model
+from helpers import seeded, small_batch, small_model
 from rekindle import KeepNone, RecomputeMismatch, Session
 from rekindle.runtime import checksums
 
@@ -74,7 +74,7 @@ def test_op_that_lies(lying, inplace) -> None:
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 def test_op_that_is_not_deterministic(lying) -> None:
     """Noise that no tag tells of is found too; without `verify` nobody looks."""
-    noise = torch.Generator()
+    noise = torch.Generator(torch.get_default_device())
     lying(lambda x: x + torch.rand(x.shape, generator=noise))
     for verify in (True, False):
         model = nn.Sequential(nn.Linear(64, 64), Affine())
@@ -177,7 +177,10 @@ def resnet() -> nn.Module:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "mlp with dropout": (small_model, small_batch),
-    "in-place resnet": (resnet, lambda seed: torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed))),
+    "in-place resnet": (
+        resnet,
+        lambda seed: torch.randn(4, 3, 16, 16, generator=seeded(seed)),
+    ),
 }
 
 

@@ -15,6 +15,7 @@ import torch
 
 from rekindle.record.aliasing import Window
 from rekindle.record.modules import ModuleCall
+from rekindle.record.streams import Home
 from rekindle.record.torch_private import without_dispatch_modes
 
 
@@ -79,12 +80,14 @@ class Op:
         number: position in the session's stream of ops; inputs have smaller numbers.
         seconds: what it took, on the clock of the host.
         guards: of the leaves that it read, where they need one.
+        home: the stream that its step began on, if there are streams.
     """
 
     # Class attributes, not slots: most ops never change most of these.
     writes: list[tuple[Activation | None, weakref.ref[Activation] | None]] = []
     random: tuple[torch.Generator, torch.Tensor] | None = None
     guards: tuple[Guard, ...] = ()
+    home: Home | None = None
 
     func: Any
     args: list[Any]

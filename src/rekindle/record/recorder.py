@@ -15,6 +15,7 @@ from rekindle.record.aliasing import Ledger, Tracked, covers, window_of
 from rekindle.record.modules import ModuleCall, ModuleStack
 from rekindle.record.schema import KNOWN, Traits, trains, traits_of, why_opaque
 from rekindle.record.seams import Checksums, Keeper, Room
+from rekindle.record.streams import ELSEWHERE, Home, find_home, has_streams
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import (
     alias,
@@ -62,6 +63,7 @@ class Recorder(TorchDispatchMode):
         saves: how many tensors autograd saved since the last cut.
         number: of the last op that may be repeated.
         checksums: where to remember the bytes of activations, None if nobody will compare them.
+        home: the stream that the step began on; None if there is none, or it has not begun.
     """
 
     def __init__(
@@ -76,6 +78,9 @@ class Recorder(TorchDispatchMode):
         self.saves = 0
         self.number = 0
         self.checksums: Checksums | None = None
+        self.home: Home | None = None
+        self._away = ""
+        self._has_streams = has_streams()
         self._room = room
         self._hungry = room.hungry
         self._min_nbytes = min_nbytes
@@ -124,6 +129,8 @@ class Recorder(TorchDispatchMode):
                 self.ledger.loosen()
         if traits.reshapes:
             return self._reshape(func, args, kwargs)
+        if self._has_streams:
+            self._away = self._leave_home(args, kwargs, backward)
         grad_mode = _grad_mode()
         if (not grad_mode and backward) or _inference_mode():
             if self.tape is not None or (traits.mutates and self._may_destroy(traits, args, kwargs)):
@@ -132,6 +139,17 @@ class Recorder(TorchDispatchMode):
         if in_compiled_code():
             return self._pass(func, traits, args, kwargs, backward)  # kernels nobody sees write over what it makes
         return self._record(func, traits, args, kwargs, grad_mode, backward)
+
+    def _leave_home(self, args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool) -> str:
+        """Why an op is never repeated that runs on another stream than the others; empty if it runs on theirs."""
+        home = self.home
+        if home is None:
+            self.home = find_home()
+            return ""
+        if not home.is_left():
+            return ""
+        home.lend(tensors_in((args, tuple(kwargs.values()))), backward)
+        return ELSEWHERE
 
     def _run(
         self,
@@ -184,11 +202,13 @@ class Recorder(TorchDispatchMode):
         op = Op()
         op.func, op.number, op.grad_mode = func, number, grad_mode
         op.call = call = self.modules.current
+        if self.home is not None:
+            op.home = self.home
         op.inputs, op.outputs = [], []
         if self._to_hold:
             self._to_hold.clear()
         self._ask_reads = self.keeper.reads and not backward  # backward ops run outside of all modules
-        opaque = traits.opaque or (why_opaque(func, args, kwargs) if traits.check else "")
+        opaque = traits.opaque or self._away or (why_opaque(func, args, kwargs) if traits.check else "")
         written: list[Write] = []
         past: list[Write] = []
         lists: Sequence[tuple[Tensor, int]] = ()

@@ -13,8 +13,7 @@ all that follow.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,25 +75,39 @@ class Sizes:
         return guess
 
     def measure(
-        self, signature: Any, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> tuple[Any, Need, float]:
-        """Run the op and remember what it needed. Returns its result, that (a guess if it could not be measured), and
-        the seconds it took."""
+        self,
+        signature: Any,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        run: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs),
+    ) -> tuple[Any, Need]:
+        """Run the op, by `run(func, args, kwargs)`, and remember what it needed. Returns its result and that, which is
+        a guess if it could not be measured."""
         if not _can_measure(args, kwargs):
-            start = time.perf_counter()
-            return func(*args, **kwargs), Need(0, 0), time.perf_counter() - start
+            return run(func, args, kwargs), Need(0, 0)
         with AllocatorWatch() as watch:
-            start = time.perf_counter()
-            result = func(*args, **kwargs)
-            seconds = time.perf_counter() - start
+            result = run(func, args, kwargs)
         if not watch.worked:  # another profiler is on
-            return result, self.guess(signature, func, args, kwargs), seconds
-        results = max(0, watch.nbytes)
-        need = Need(results, watch.peak_nbytes - results)
+            return result, self.guess(signature, func, args, kwargs)
+        stays = max(0, watch.nbytes)
+        results = min(stays, _stays(result)) if _on_accelerator(result) else stays
+        need = Need(results, watch.peak_nbytes - stays)
         if not _by_data(func, args):
             _put(self._measured, signature, need)
             self._guessed.pop(signature, None)
-        return result, need, seconds
+        return result, need
+
+
+def _on_accelerator(result: Any) -> bool:
+    return any(tensor.device.type != "cpu" for tensor in tensors_of([result]))
+
+
+def _stays(result: Any) -> int:
+    """Bytes of the storages of results. Libraries allocate workspaces on an accelerator in the first op that needs one,
+    and keep them: that is no more than once."""
+    storages = [tensor.untyped_storage() for tensor in tensors_of([result])]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def _put(table: dict[Any, Need], signature: Any, need: Need) -> None:

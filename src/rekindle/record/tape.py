@@ -235,7 +235,7 @@ class Tape:
         """Write one op down. `seconds` is what it took, on the clock of the host, and `temporaries` the bytes that its
         kernel allocated for itself."""
         self._settle()
-        self._standing = max(self._standing, self._before + self._ledger.leaf_nbytes)
+        self._standing = max(self._standing, self._before + self._ledger.standing_nbytes)
         number = len(self._ops)
         for value in outputs:
             self._values[value].made_by = number

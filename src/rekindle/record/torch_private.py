@@ -1,7 +1,7 @@
 """The one place for PyTorch APIs that are not public, each with the reason it is needed.
 
-Tested on torch 2.13.0 (CPU). `tests/eager/test_torch_private.py` checks each fact stated here, so that a new torch
-version which breaks one fails there first.
+Tested on torch 2.13.0 (CPU) and 2.11.0 (CPU, CUDA). `tests/eager/test_torch_private.py` checks each fact stated here,
+so that a new torch version which breaks one fails there first.
 
 * Version counters. A tensor made inside `__torch_dispatch__` has a version counter of its own, because the kernel that
   shares it (`ADInplaceOrView`) has already run. `alias` switches that kernel back on for one `detach`. Which tensors
@@ -34,6 +34,7 @@ version which breaks one fails there first.
 * Fake tensors. A step without bytes: they are what PyTorch's own compiler traces with, and have no public home.
 * Bodies of overloads. Calling an overload is a Python call whose only line calls the dispatcher: one call too many for
   what is done at every op.
+* Streams. Asking for the current one makes an object, twenty times the cost of asking for its number.
 * Fused attention. Which kernel a CUDA device takes is decided by a device that may not be there.
 """
 
@@ -62,6 +63,10 @@ _LAZY = (torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative)
 
 current_graph_task: Callable[[], int] = torch._C._current_graph_task_id
 """The number of the backward pass running on this thread, -1 outside of one."""
+
+
+stream_number: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+"""The number of the stream that is current on a CUDA device."""
 
 
 def body_of(overload: Any) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +106,7 @@ class Replayer:
         replay = _Replay(self, graph_task, turn)
         ops = replay.missing(target)
         self._let_go()
-        with at_recorded_level(), without_dispatch_modes():  # some convolutions put the modes back
+        with at_recorded_level(), without_dispatch_modes(), _at_home(ops):  # some convolutions put the modes back
             mode = torch.is_grad_enabled()
             try:
                 for op in ops:
@@ -284,6 +285,12 @@ def missing_ops(target: Activation, most: int | None = None) -> Missing:
                 missing.lost = source, op
     missing.ops = [ops[number] for number in sorted(ops)]
     return missing
+
+
+def _at_home(ops: list[Op]) -> AbstractContextManager[Any]:
+    """Run a block on the stream that ops ran on. Those of another step are no part of the same replay."""
+    home = ops[0].home
+    return nullcontext() if home is None else home.entered()
 
 
 def _call(op: Op, args: list[Any], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:

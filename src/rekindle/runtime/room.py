@@ -90,6 +90,8 @@ class Room:
                 return self.rescue(error, func, args, kwargs, random)
         signature = self._sizes.signature(func, args, kwargs)
         need = self._sizes.measured(signature)
+        if self.watches or self.measures:
+            self._ledger.look()
         if self.watches:
             expected = need or self._sizes.guess(signature, func, args, kwargs)
             needed = expected.nbytes if expected.sure else expected.results
@@ -100,12 +102,10 @@ class Room:
             if need is not None:
                 self._ledger.note(need.nbytes)
                 self.temporaries = need.temporaries
-                start = time.perf_counter()
-                result = func(*args, **kwargs)
-                self.seconds = time.perf_counter() - start
+                result = self._time(func, args, kwargs)
                 self._tell(func, args, kwargs, result)
                 return result
-            result, need, self.seconds = self._sizes.measure(signature, func, args, kwargs)
+            result, need = self._sizes.measure(signature, func, args, kwargs, self._time)
         except torch.OutOfMemoryError as error:
             return self.rescue(error, func, args, kwargs, random)
         self._tell(func, args, kwargs, result)
@@ -113,6 +113,18 @@ class Room:
         self.temporaries = need.temporaries
         if need.temporaries > _SMALL:
             self.hungry.add(traits_of(func).name)
+        return result
+
+    def _time(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an op by the clock, which on an accelerator says nothing until its kernels have run."""
+        device = self._ledger.place if self.measures and self._cost is None else None
+        if device is not None:
+            torch.accelerator.synchronize(device)
+        start = time.perf_counter()
+        result = func(*args, **kwargs)
+        if device is not None:
+            torch.accelerator.synchronize(device)
+        self.seconds = time.perf_counter() - start
         return result
 
     def _tell(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
@@ -147,15 +159,16 @@ class Room:
         assert self._budget is not None
         assert self._stated is not None
         ledger = self._ledger
-        target = self._budget - wanted - ledger.leaf_nbytes - self.unseen
+        target = self._budget - wanted - ledger.standing_nbytes - self.unseen
         self._evictor.free(target, target - self._budget // _SLACK)
         needed = ledger.total_nbytes + nbytes
         if needed <= self._budget:
             return
+        others = f", and what else is allocated on {ledger.place}" if ledger.place is not None else ""
         raise BudgetInfeasible(
             f"memory_budget is {format_bytes(self._stated)}, but {func} in {call.describe()} needs "
             f"{format_bytes(nbytes)} and {format_bytes(ledger.total_nbytes)} cannot go: "
-            f"{format_bytes(ledger.leaf_nbytes)} parameters, gradients, buffers and inputs; "
+            f"{format_bytes(ledger.standing_nbytes)} parameters, gradients, buffers and inputs{others}; "
             f"{self._evictor.what_is_left(EvictionPolicy.AGGRESSIVE)}. This op fits from "
             f'memory_budget="{_budget_for(needed)}"; ops after it may need more. Or use a smaller batch.'
         )

@@ -38,7 +38,7 @@ from rekindle.runtime.eviction import Eviction, EvictionPolicy, Evictor, Sweep
 from rekindle.runtime.follow import Follower, stream_of
 from rekindle.runtime.hooks import SavedTensors
 from rekindle.runtime.learn import Learner
-from rekindle.runtime.pressure import Level, Pressure, default_reader, read_budget
+from rekindle.runtime.pressure import AcceleratorReader, Level, Pressure, default_reader, read_budget
 from rekindle.runtime.replay import Replayer
 from rekindle.runtime.rest import Rest, arrival_of
 from rekindle.runtime.room import Room
@@ -162,7 +162,7 @@ class Session:
             session = me()
             return session._see(module) if session is not None else 0
 
-        ledger = self._ledger = Ledger(on_death)
+        ledger = self._ledger = Ledger(on_death, lambda device: AcceleratorReader(device).used())
         planned = self.memory_budget is not None and policy is None and plan is None
         rests = planned and pressure is None and inplace == "strict" and not verify
         self._rest = Rest(see) if rests else None
@@ -204,6 +204,7 @@ class Session:
 
     def _open(self) -> None:
         self._signature = None
+        self._recorder.home = None
         self._decide_with(self._new_decisions())
         self._recorder.tape = tape = Tape(self._ledger) if self._learner.records else None
         self._ledger.on_end = tape.died if tape is not None else None
@@ -281,6 +282,7 @@ class Session:
         self._step = Stats(steps=1)
         self._resting = self._waking = False
         self._entry_nbytes = self._ledger.peak_nbytes = self._ledger.live_nbytes
+        self._ledger.most_standing_nbytes = 0
 
     def _close_step(self) -> None:
         self._finished.add(self.last_step)
@@ -317,7 +319,8 @@ class Session:
 
     def _highest(self) -> int:
         """The most bytes that were live in the step, what stood before it included."""
-        return self._ledger.leaf_nbytes + self._ledger.peak_nbytes
+        self._ledger.look()
+        return max(self._ledger.most_standing_nbytes, self._ledger.standing_nbytes) + self._ledger.peak_nbytes
 
     def _rests(self) -> bool:
         """Whether nothing has to be recorded in this step: all is kept, and nobody asked for more."""
@@ -352,7 +355,8 @@ class Session:
         assert self._rest is not None
         if not self._waking:
             self._waking = True
-            self._room.unseen = self._rest.woken()
+            unseen = self._rest.woken()
+            self._room.unseen = unseen if self._ledger.place is None else 0  # an accelerator's allocator tells
             self._signature = "woken" if self._signature is None else self._signature  # too late to plan ahead
             self._step.departures += 1
             self._learner.records = True
@@ -429,6 +433,7 @@ class Session:
         """Follow no plan if there is more from before the step than when it was made: gradients, say."""
         follower = self._decisions.follower
         if follower is not None and self.memory_budget is not None:
+            self._ledger.look()
             follower.check(self._ledger.total_nbytes)
 
     def _count_eviction(self, activation: Activation, nbytes: int) -> None:
