@@ -19,7 +19,6 @@ import argparse
 import functools
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -132,8 +131,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the page")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", ".*deterministic")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     sections = []
     for name in arguments.model or WORKLOADS:

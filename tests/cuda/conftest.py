@@ -26,7 +26,7 @@ def _same_bits_each_time() -> Iterator[None]:
     """Kernels give the same bits each time, as far as they can, and what was there before is gone."""
     gc.collect()
     torch.cuda.empty_cache()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     yield
     torch.utils.deterministic.fill_uninitialized_memory = True

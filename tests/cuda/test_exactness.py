@@ -15,8 +15,6 @@ import helpers
 import rekindle
 from rekindle import KeepNone, MemoryOptimal
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
-
 
 class Attention(nn.Module):
     """A block of attention with dropout inside."""

@@ -18,6 +18,7 @@ from rekindle.record.torch_private import use_count
 from rekindle.record.writes import Write
 
 OLDER = "made by an op of an earlier step"
+_ROUNDED = 256  # of what is live on an accelerator, its allocator may round up this share more in another step
 _OURS = 2  # the alias that Rekindle holds, and the Python object that asks
 _bases = itertools.count()  # ids of one tape mean nothing on another
 
@@ -285,7 +286,8 @@ class Tape:
             for number, draft in enumerate(self._values)
         )
         demands = tuple(Demand(asked.value, asked.before, asked.until) for asked in self._demands)
-        return Graph(tuple(self._ops), values, tuple(self._calls), demands, self._standing + self._states)
+        rounded = self._ledger.peak_nbytes // _ROUNDED if self._ledger.place is not None else 0
+        return Graph(tuple(self._ops), values, tuple(self._calls), demands, self._standing + self._states + rounded)
 
     def _add(self, draft: _Draft) -> int:
         self._values.append(draft)

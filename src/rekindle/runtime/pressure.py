@@ -85,6 +85,10 @@ class AcceleratorReader:
         """Bytes allocated on the device by this process."""
         return int(torch.accelerator.memory_allocated(self.device))
 
+    def peak(self) -> int:
+        """The most bytes that this process ever had allocated on the device, or since somebody set that back."""
+        return int(torch.accelerator.max_memory_allocated(self.device))
+
     def reserved(self) -> int:
         """Bytes that the allocator holds, allocated or ready to be."""
         return int(torch.accelerator.memory_reserved(self.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 import weakref
@@ -127,6 +128,7 @@ class Session:
         self._finished = Stats()
         self._step = Stats()
         self._entry_nbytes = 0
+        self._told_before = sys.maxsize
         self._thread: int | None = None
         self._stack: ExitStack | None = None
         self._looking = ExitStack()
@@ -283,6 +285,7 @@ class Session:
         self._resting = self._waking = False
         self._entry_nbytes = self._ledger.peak_nbytes = self._ledger.live_nbytes
         self._ledger.most_standing_nbytes = 0
+        self._told_before = self._peak_told() or sys.maxsize
 
     def _close_step(self) -> None:
         self._finished.add(self.last_step)
@@ -318,9 +321,19 @@ class Session:
             )
 
     def _highest(self) -> int:
-        """The most bytes that were live in the step, what stood before it included."""
-        self._ledger.look()
-        return max(self._ledger.most_standing_nbytes, self._ledger.standing_nbytes) + self._ledger.peak_nbytes
+        """The most bytes that were live in the step, what stood before it included. An accelerator's allocator tells
+        them exactly where they are more than ever before."""
+        ledger, told = self._ledger, self._peak_told()
+        if told > self._told_before:
+            return told
+        ledger.look()
+        return max(ledger.most_standing_nbytes, ledger.standing_nbytes) + ledger.peak_nbytes
+
+    def _peak_told(self) -> int:
+        """The most bytes that were ever allocated on the accelerator; nobody sets that back, for the user may look at
+        it too."""
+        place = self._ledger.place
+        return 0 if place is None else AcceleratorReader(place).peak()
 
     def _rests(self) -> bool:
         """Whether nothing has to be recorded in this step: all is kept, and nobody asked for more."""
