@@ -4,9 +4,9 @@
 
 Peaks are those of the device's own allocator, all that was there before the step included, with gradients allocated
 before. A budget is what was there before, and a share of what the plain step allocates beside, or what checkpoints per
-block do. Seconds are medians over rounds in which the ways take turns, by the clock of the host with the device at
-rest before and after. PyTorch is told to take deterministic kernels; `same` says whether loss, gradients, buffers and
-random states equal the plain step bit for bit.
+block do. Times are medians over rounds in which the ways take turns, by the clock of the host with the device at rest
+before and after; `planned` are the milliseconds of recomputation that a plan predicts. PyTorch is told to take
+deterministic kernels; `same` says whether loss, gradients, buffers and random states equal the plain step bit for bit.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ import report
 from helpers import random_states
 
 WORKLOADS: dict[str, Callable[[], peers.Workload]] = {
-    "gpt2": functools.partial(peers.gpt2, length=1024, batch=16),
+    "gpt2": functools.partial(peers.gpt2, length=1024, batch=32),
     "llama": functools.partial(peers.llama, layers=16, width=2048, heads=16, length=2048, vocabulary=32000, batch=4),
     "resnet50": functools.partial(peers.resnet, batch=128),
 }
 SHARES = (0.7, 0.5, 0.35)
 WARM = 4  # steps: recorded twice, planned, and one to rest
-HEADER = ("way", "peak MiB", "of plain", "budget MiB", "ms a step", "of plain", "ops replayed", "same")
+HEADER = ("way", "peak MiB", "of plain", "budget MiB", "ms a step", "of plain", "planned", "ops replayed", "same")
 
 
 @dataclass
@@ -57,7 +57,10 @@ class Measured:
     def row(self, plain: Measured) -> list[str]:
         """Its line of the table."""
         own, others = (1e3 * statistics.median(each.seconds) for each in (self, plain))
-        replayed = str(self.way.last_step.ops_replayed) if isinstance(self.way, rekindle.Session) else ""
+        replayed = planned = ""
+        if isinstance(self.way, rekindle.Session):
+            replayed, plan = str(self.way.last_step.ops_replayed), self.way.plan
+            planned = f"+{1e3 * plan.forecast.seconds:.1f}" if plan is not None and plan.forecast is not None else ""
         return [
             self.name,
             f"{self.peak / 2**20:.0f}",
@@ -65,6 +68,7 @@ class Measured:
             f"{self.budget / 2**20:.0f}" if self.budget else "",
             f"{own:.1f}",
             f"{own / others:.2f}",
+            planned,
             replayed,
             "yes" if self.same else "NO",
         ]
@@ -143,10 +147,11 @@ def main() -> None:
         print(f"{sections[-1]}\n", flush=True)
         del workload, measured
         torch.cuda.empty_cache()
-    if arguments.write:
-        assert __doc__ is not None
-        question = __doc__.partition("\n")[0] + "\n\n" + __doc__.rpartition("\n\n")[2].strip()
-        report.write("gpu", report.page("Memory and time on a GPU", question, "\n\n".join(sections), ["transformers"]))
+        if arguments.write:
+            assert __doc__ is not None
+            question = __doc__.partition("\n")[0] + "\n\n" + __doc__.rpartition("\n\n")[2].strip()
+            page = report.page("Memory and time on a GPU", question, "\n\n".join(sections), ["transformers"])
+            report.write("gpu", page)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # plain PyTorch would not
     config.addinivalue_line("filterwarnings", "ignore:.*deterministic.*:UserWarning")
+    weight = torch.ones(8, 8, requires_grad=True)
+    (weight @ weight).sum().backward()  # libraries allocate their workspaces now, for both threads that run ops
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -93,6 +93,12 @@ def train(
     return history
 
 
+def others_nbytes() -> int:
+    """Bytes that are allocated already where tensors are made, as far as anybody can tell: budgets are beside them."""
+    device = torch.get_default_device()
+    return 0 if device.type == "cpu" else torch.accelerator.memory_allocated(device)
+
+
 def random_states() -> dict[str, Tensor]:
     """What the default generators will draw next, of the CPU and of an accelerator, if there is one."""
     states = {"cpu": torch.get_rng_state()}

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import rekindle
-from helpers import live_activations, same_bits, seeded
+from helpers import live_activations, others_nbytes, same_bits, seeded
 from rekindle import EveryN, FakeReader, KeepNone, Pressure, Session
 from rekindle.record.aliasing import disjoint, window_of
 from rekindle.record.recorder import Recorder
@@ -524,7 +524,7 @@ SESSIONS: dict[str, Callable[[str], Session]] = {
     "on-line": lambda inplace: Session(inplace=inplace, min_nbytes=0),
     "keep-none": lambda inplace: Session(KeepNone(), inplace=inplace, min_nbytes=0),
     "every-2": lambda inplace: Session(EveryN(2), inplace=inplace, min_nbytes=0),
-    "budget": lambda inplace: Session(memory_budget="1MiB", inplace=inplace, min_nbytes=0),
+    "budget": lambda inplace: Session(memory_budget=(1 << 20) + others_nbytes(), inplace=inplace, min_nbytes=0),
     "pressure": lambda inplace: Session(inplace=inplace, min_nbytes=0, pressure=Pressure(FakeReader(10, 10))),
     "pressure-on-a-policy": lambda inplace: Session(
         EveryN(2), inplace=inplace, min_nbytes=0, pressure=Pressure(FakeReader(10, 10))
