@@ -128,7 +128,7 @@ class Session:
         self._finished = Stats()
         self._step = Stats()
         self._entry_nbytes = 0
-        self._told_before = sys.maxsize
+        self._told_before, self._uncounted_nbytes = sys.maxsize, 0
         self._thread: int | None = None
         self._stack: ExitStack | None = None
         self._looking = ExitStack()
@@ -322,12 +322,14 @@ class Session:
 
     def _highest(self) -> int:
         """The most bytes that were live in the step, what stood before it included. An accelerator's allocator tells
-        them exactly where they are more than ever before."""
+        them where they are more than ever before; in other steps what was not counted then is taken to be there too."""
         ledger, told = self._ledger, self._peak_told()
-        if told > self._told_before:
-            return told
         ledger.look()
-        return max(ledger.most_standing_nbytes, ledger.standing_nbytes) + ledger.peak_nbytes
+        counted = max(ledger.most_standing_nbytes, ledger.standing_nbytes) + ledger.peak_nbytes
+        if told <= self._told_before:
+            return counted + self._uncounted_nbytes
+        self._uncounted_nbytes = max(0, told - counted)
+        return told
 
     def _peak_told(self) -> int:
         """The most bytes that were ever allocated on the accelerator; nobody sets that back, for the user may look at
