@@ -138,12 +138,16 @@ def test_bound(problem: Problem, room: int) -> None:
 @settings(unhurried, max_examples=150)
 @given(problems(), st.integers(0, 40))
 def test_bound_in_whole(problem: Problem, room: int) -> None:
-    """Where nothing is kept in part, the bound is what the best set takes, and no more than that."""
+    """Where nothing is kept in part, the bound is what the best set takes, and no more than that; the set that is
+    named fits, and is as good."""
     assume_costs(problem)
     best = min(seconds for nbytes, seconds in problem.points() if nbytes <= room)
-    bound = problem.cuts().bound_in_whole(room)
-    assert 0.99 * best <= bound <= best
-    assert bound >= problem.cuts().bound(room) * 0.99
+    whole = problem.cuts().in_whole(room)
+    assert 0.99 * best <= whole.bound <= best
+    assert whole.bound >= problem.cuts().bound(room) * 0.99
+    assert whole.kept is not None
+    assert problem.nbytes(whole.kept) <= room
+    assert problem.seconds(whole.kept) <= best / 0.99
 
 
 def test_a_chain() -> None:

@@ -20,7 +20,7 @@ from functools import cached_property
 
 from rekindle._errors import BudgetInfeasible
 from rekindle.graph import Forecast, Graph, Plan, Simulator, Timeline, fullest, simulate
-from rekindle.policy.cuts import Corner, Cuts
+from rekindle.policy.cuts import Corner, Cuts, Whole
 from rekindle.policy.frames import Frame, Sites
 from rekindle.policy.polish import Polisher
 from rekindle.policy.refusal import refusal
@@ -36,6 +36,8 @@ _TRIES = 20, 300  # at least and at most, whatever the size of the step
 _ONCE = 0.7  # of the forward pass; who repeats less needs no frames in which some ops are repeated twice
 _DEEP = 6  # frames of which the lowest peak is looked for
 _HALVINGS = 8  # of the way from one price to the next
+_NEAR = 1.005  # times the bound: near enough
+_PROMISING = 2  # plans that keep what is best kept at one moment, and are polished
 _MOMENTS = 4  # for which the lower bound is computed
 
 
@@ -85,6 +87,7 @@ class Planner:
         self._bare = self.simulator.bare()
         self._high = self._everything.timeline.peak_at
         self._weights = self._bytes_at(self._high)
+        self._limits: dict[int, Whole] = {}
 
     @property
     def full(self) -> int:
@@ -157,21 +160,44 @@ class Planner:
 
     def bound(self, budget: int) -> float:
         """Seconds of recomputation that no plan within the budget does without."""
+        return self._limit(budget).bound
+
+    def _limit(self, budget: int) -> Whole:
+        """The bound, and what is kept at the moment that it is from."""
+        if budget not in self._limits:
+            self._limits[budget] = self._at_the_fullest(budget)
+        return self._limits[budget]
+
+    def _at_the_fullest(self, budget: int) -> Whole:
         live = self._everything.timeline.live
         highest = sorted(range(len(live)), key=lambda number: -live[number])
         moments = sorted({*highest[:1], *highest[1 : 4 * _MOMENTS : 4]})
         bounds = [self._at_moment(number, budget) for number in moments]
         found = [cuts.bound(room) for cuts, room in bounds]
         if not any(found):
-            return 0.0
-        cuts, room = bounds[found.index(max(found))]
-        return max(*found, cuts.bound_in_whole(room)) if room >= 0 else max(found)
+            return Whole(0.0, None)
+        binding = found.index(max(found))
+        cuts, room = bounds[binding]
+        if room < 0:
+            return Whole(max(found), None)
+        whole = cuts.in_whole(room)
+        kept = None if whole.kept is None else whole.kept | self._there_anyway(moments[binding])
+        return Whole(max(*found, whole.bound), kept)
+
+    def _there_anyway(self, number: int) -> set[int]:
+        """What is asked for by when an op runs, or is held then by others, so that keeping it takes no bytes there."""
+        later = {d.value for d in self.graph.demands if d.before > number}
+        running = {d.value for d in self.graph.demands if d.before <= number < d.until}
+        return {v for v in self._wanted if v not in later or v in running or self._is_held(v, number)} - self._barred
 
     # -- search ------------------------------------------------------------------------------------------------------
 
     def _find(self, budget: int) -> _Candidate | None:
         if budget < self.graph.standing:
             return None
+        known = self._from_moment(budget)
+        if known is not None and known.timeline.seconds <= _NEAR * self._limit(budget).bound:
+            return known
         best: _Candidate | None = None
         for frame in self._frames:
             best = self._search(frame, budget, best)
@@ -180,7 +206,26 @@ class Planner:
             for frame in self._deep_frames:
                 deep = _better(self._try(frame, frozenset(), budget), deep)
         for start in (best, deep, self._everything):
-            best = _better(start and self._polished(start, budget), best)
+            known = _better(start and self._polished(start, budget), known)
+        return known
+
+    def _from_moment(self, budget: int) -> _Candidate | None:
+        """The best plan from what is best kept at the fullest moment."""
+        limit = self._limit(budget)
+        if limit.kept is None:
+            return None
+        tried: list[_Candidate] = []
+        for frame in self._frames:
+            for holds in (self._all, None):
+                plan = schedule(self.simulator, self._sites, frame, limit.kept | self._held(frame), holds)
+                found = _Candidate(plan, simulate(self.graph, plan))
+                if found.timeline.peak <= budget and found.timeline.seconds <= _NEAR * limit.bound:
+                    return found
+                tried.append(found)
+        tried.sort(key=lambda found: (max(budget, found.timeline.peak), found.timeline.seconds))
+        best: _Candidate | None = None
+        for start in tried[:_PROMISING]:
+            best = _better(self._polished(start, budget), best)
         return best
 
     def _polished(self, start: _Candidate, budget: int) -> _Candidate | None:

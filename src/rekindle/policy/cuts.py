@@ -45,6 +45,19 @@ class Corner:
     kept: frozenset[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What integer programming says.
+
+    Attributes:
+        bound: seconds that are repeated at least.
+        kept: numbers of the values of the best set that was found; None if none was.
+    """
+
+    bound: float
+    kept: frozenset[int] | None
+
+
 class Cuts:
     """Which values to keep, of those that are needed for what `wanted` asks for."""
 
@@ -131,12 +144,12 @@ class Cuts:
             low, high = (middle, high) if middle.nbytes <= nbytes else (low, middle)
         return high.seconds
 
-    def bound_in_whole(self, nbytes: int) -> float:
+    def in_whole(self, nbytes: int) -> Whole:
         """The same where nothing is kept in part, by integer programming: no less than `bound`, in some more time."""
         values, ops = self._graph.values, self._graph.ops
         total = sum(ops[op].seconds for op in self._ops)
         if not total:
-            return 0.0
+            return Whole(0.0, frozenset())
         program, scale = Program(), COST / total
         kept = {value: ZERO if value in self._barred else program.column(integral=True) for value in self._values}
         repeated = {op: program.column(ops[op].seconds * scale, integral=True) for op in self._ops}
@@ -150,7 +163,8 @@ class Cuts:
         # With presolve, HiGHS 1.12 prints a line of its own where undoing it leaves a row violated.
         result = program.solve(node_limit=_NODES, mip_rel_gap=_GAP, presolve=False)
         proven = result.mip_dual_bound if any(program.integral) else result.fun  # a linear program has no dual bound
-        return (proven or 0.0) / scale * (1 - _TINY)
+        best = None if result.x is None else frozenset(v for v, column in kept.items() if result.x[column] > 0.5)
+        return Whole((proven or 0.0) / scale * (1 - _TINY), best)
 
     def _rounding(self, price: float) -> float:
         """Seconds by which the best for a price may be missed: each capacity is off by half a unit, in two cuts."""
