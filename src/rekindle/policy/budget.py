@@ -158,7 +158,8 @@ class Planner:
         """The best plans for all budgets."""
         tries = _FRONT // max(1, len(self.graph.ops))
         low, high = self._low.timeline.peak, self.full
-        between = (self._find(low + (high - low) * place // _STARTS) for place in range(1, _STARTS))
+        budgets = (low + (high - low) * place // _STARTS for place in range(1, _STARTS))
+        between = (self._from_moments(budget) or self._find(budget) for budget in budgets)
         frames = (self._least(frame, holds) for frame in self._all_frames for holds in (self._all, None))
         starts = [self._everything, *(found for found in between if found is not None), self._low, *frames]
         drafts = self._polisher.front((start.plan for start in starts), tries)
@@ -240,7 +241,7 @@ class Planner:
     def _from_moments(self, budget: int) -> _Candidate | None:
         """The best plan from what is best held at the fullest moment, and if that is too much at others, there too."""
         best = self._in_frames(budget)
-        for most, gap in _MORE:
+        for most, gap in _MORE[:1] if self._small else _MORE:
             limit = self._limit(budget)
             if limit.since is None or len(self.graph.forward) > most:
                 break
