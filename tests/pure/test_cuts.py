@@ -135,17 +135,6 @@ def test_bound(problem: Problem, room: int) -> None:
         assert bound == pytest.approx(seconds_at(list(problem.points()), room), abs=1e-3)
 
 
-@settings(unhurried, max_examples=150)
-@given(problems(), st.integers(0, 40))
-def test_bound_in_whole(problem: Problem, room: int) -> None:
-    """Where nothing is kept in part, the bound is what the best set takes, and no more than that."""
-    assume_costs(problem)
-    best = min(seconds for nbytes, seconds in problem.points() if nbytes <= room)
-    bound = problem.cuts().bound_in_whole(room)
-    assert 0.99 * best <= bound <= best
-    assert bound >= problem.cuts().bound(room) * 0.99
-
-
 def test_a_chain() -> None:
     """All that is asked for at the end of a chain is its last value; the cheapest cut is its smallest value near it."""
     graph = build(

@@ -2,13 +2,16 @@
 
 Problem: choose what to keep, what to recompute and when, so that no moment of the step has more bytes live than the
 budget, and the ops that are repeated take the fewest seconds.
-Source: prices per byte (`policy.cuts`) within frames that break long recomputations (`policy.frames`), each tried on
-the simulator (`graph.timeline`); between two neighbouring prices layers go from one to the other, the last ones first.
-What is found is polished (`policy.polish`). The lower bound: whatever the schedule, what is live at one moment and what
-is repeated after it are a cut.
+Source: the lower bound comes first: whatever the schedule, what is live at one moment and what is repeated after it
+are a cut (`policy.cuts`), and integer programming tells what is best held there (`policy.moments`). Where that is too
+much at another moment, that one is taken in: a cutting-plane method, in which each answer is also a plan to begin with.
+If none comes near the bound, prices per byte within frames that break long recomputations (`policy.frames`), each tried
+on the simulator (`graph.timeline`); between two neighbouring prices layers go from one to the other, the last ones
+first. What is found is polished (`policy.polish`).
 Regime: thousands of ops take seconds. For tiny steps all budgets are planned for at once, so that a larger one never
 recomputes more; for others that is so as far as measured.
-Known gaps: local optima. The bound looks at one moment at a time, and is loose where a budget is tight.
+Known gaps: local optima. The bound looks at three moments at most, and not at what is live while ops are replayed: it
+is loose near the floor.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ from rekindle._errors import BudgetInfeasible
 from rekindle.graph import Forecast, Graph, Plan, Simulator, Timeline, fullest, simulate
 from rekindle.policy.cuts import Corner, Cuts
 from rekindle.policy.frames import Frame, Sites
+from rekindle.policy.moments import need_at
 from rekindle.policy.polish import Polisher
 from rekindle.policy.refusal import refusal
-from rekindle.policy.schedule import schedule
+from rekindle.policy.schedule import FORWARD, Since, hold, schedule
 
 _CORNERS = 32  # prices tried in each frame
 _LOWERINGS = 4  # searches for a plan below the lowest one known; a large step has time for one
@@ -36,6 +40,12 @@ _TRIES = 20, 300  # at least and at most, whatever the size of the step
 _ONCE = 0.7  # of the forward pass; who repeats less needs no frames in which some ops are repeated twice
 _DEEP = 6  # frames of which the lowest peak is looked for
 _HALVINGS = 8  # of the way from one price to the next
+_NEAR, _DONE = 1.005, 1.02  # times the bound: near enough, and near enough if nothing better is at hand
+_PROMISING = 1  # plans that keep what is best kept at one moment, and are polished
+_MORE = (
+    (600, 1.005),
+    (350, 1.11),
+)  # for another moment: most ops of the forward pass, and times the bound that are too many
 _MOMENTS = 4  # for which the lower bound is computed
 
 
@@ -58,6 +68,21 @@ class Constraints:
 class _Candidate:
     plan: Plan
     timeline: Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    """What every plan within a budget has to obey.
+
+    Attributes:
+        bound: seconds that are repeated at least.
+        moments: numbers of the ops during which that is so.
+        since: from when on the best holds values that obeys at these moments; None if none was found.
+    """
+
+    bound: float
+    moments: tuple[int, ...]
+    since: Since | None
 
 
 class Planner:
@@ -85,6 +110,8 @@ class Planner:
         self._bare = self.simulator.bare()
         self._high = self._everything.timeline.peak_at
         self._weights = self._bytes_at(self._high)
+        self._first_asked = min((demand.before for demand in graph.demands), default=0)
+        self._limits: dict[int, _Limit] = {}
 
     @property
     def full(self) -> int:
@@ -131,7 +158,8 @@ class Planner:
         """The best plans for all budgets."""
         tries = _FRONT // max(1, len(self.graph.ops))
         low, high = self._low.timeline.peak, self.full
-        between = (self._find(low + (high - low) * place // _STARTS) for place in range(1, _STARTS))
+        budgets = (low + (high - low) * place // _STARTS for place in range(1, _STARTS))
+        between = (self._from_moments(budget) or self._find(budget) for budget in budgets)
         frames = (self._least(frame, holds) for frame in self._all_frames for holds in (self._all, None))
         starts = [self._everything, *(found for found in between if found is not None), self._low, *frames]
         drafts = self._polisher.front((start.plan for start in starts), tries)
@@ -157,21 +185,48 @@ class Planner:
 
     def bound(self, budget: int) -> float:
         """Seconds of recomputation that no plan within the budget does without."""
+        return self._limit(budget).bound
+
+    def _limit(self, budget: int) -> _Limit:
+        """The bound, and where it is from: one moment, until `_from_moments` takes more of them into account."""
+        if budget not in self._limits:
+            self._limits[budget] = self._at_the_fullest(budget)
+        return self._limits[budget]
+
+    def _at_the_fullest(self, budget: int) -> _Limit:
         live = self._everything.timeline.live
         highest = sorted(range(len(live)), key=lambda number: -live[number])
         moments = sorted({*highest[:1], *highest[1 : 4 * _MOMENTS : 4]})
-        bounds = [self._at_moment(number, budget) for number in moments]
-        found = [cuts.bound(room) for cuts, room in bounds]
-        if not any(found):
-            return 0.0
-        cuts, room = bounds[found.index(max(found))]
-        return max(*found, cuts.bound_in_whole(room)) if room >= 0 else max(found)
+        found = [self._at_moment(number, budget) for number in moments]
+        limit = _Limit(max(found, default=0.0), (), None)
+        if not limit.bound:
+            return limit
+        return self._also_at(moments[found.index(limit.bound)], limit, budget)
+
+    def _also_at(self, number: int, limit: _Limit, budget: int) -> _Limit:
+        """The limit with one more moment."""
+        moments = (*limit.moments, number)
+        need = need_at(self.simulator, moments, budget, self._bare, self._barred)
+        bound = max(limit.bound, need.bound)
+        if need.since is None:
+            return _Limit(bound, moments, None)
+        since = {**need.since, **dict.fromkeys(self._there_anyway(min(moments)) | self._must, FORWARD)}
+        return _Limit(bound, moments, {value: start for value, start in since.items() if value not in self._barred})
+
+    def _there_anyway(self, number: int) -> set[int]:
+        """What is asked for by when an op runs, or is held then by others, so that keeping it takes no bytes there."""
+        later = {d.value for d in self.graph.demands if d.before > number}
+        running = {d.value for d in self.graph.demands if d.before <= number < d.until}
+        return {v for v in self._wanted if v not in later or v in running or self._is_held(v, number)}
 
     # -- search ------------------------------------------------------------------------------------------------------
 
     def _find(self, budget: int) -> _Candidate | None:
         if budget < self.graph.standing:
             return None
+        known = self._from_moments(budget)
+        if known is not None and known.timeline.seconds <= _DONE * self._limit(budget).bound:
+            return known
         best: _Candidate | None = None
         for frame in self._frames:
             best = self._search(frame, budget, best)
@@ -180,7 +235,45 @@ class Planner:
             for frame in self._deep_frames:
                 deep = _better(self._try(frame, frozenset(), budget), deep)
         for start in (best, deep, self._everything):
-            best = _better(start and self._polished(start, budget), best)
+            known = _better(start and self._polished(start, budget), known)
+        return known
+
+    def _from_moments(self, budget: int) -> _Candidate | None:
+        """The best plan from what is best held at the fullest moment, and if that is too much at others, there too."""
+        best = self._in_frames(budget)
+        for most, gap in _MORE[:1] if self._small else _MORE:
+            limit = self._limit(budget)
+            if limit.since is None or len(self.graph.forward) > most:
+                break
+            if best is not None and best.timeline.seconds <= gap * limit.bound:
+                break
+            timeline = simulate(self.graph, hold(self.simulator, limit.since)[0])
+            if timeline.peak <= budget or timeline.peak_at in limit.moments:
+                break
+            self._limits[budget] = limit = self._also_at(timeline.peak_at, limit, budget)
+            if limit.since is not None:
+                plan, _ = hold(self.simulator, limit.since)
+                best = _better(self._polished(_Candidate(plan, simulate(self.graph, plan)), budget), best)
+        return best
+
+    def _in_frames(self, budget: int) -> _Candidate | None:
+        """The best plan that keeps what is best kept at the fullest moment."""
+        limit = self._limit(budget)
+        if limit.since is None:
+            return None
+        kept = frozenset(value for value, start in limit.since.items() if start == FORWARD)
+        tried: list[_Candidate] = []
+        for frame in self._frames:
+            for holds in (self._all, None):
+                plan = schedule(self.simulator, self._sites, frame, kept | self._held(frame), holds)
+                found = _Candidate(plan, simulate(self.graph, plan))
+                if found.timeline.peak <= budget and found.timeline.seconds <= _NEAR * limit.bound:
+                    return found
+                tried.append(found)
+        tried.sort(key=lambda found: (max(budget, found.timeline.peak), found.timeline.seconds))
+        best: _Candidate | None = None
+        for start in tried[:_PROMISING]:
+            best = _better(self._polished(start, budget), best)
         return best
 
     def _polished(self, start: _Candidate, budget: int) -> _Candidate | None:
@@ -258,16 +351,19 @@ class Planner:
 
     # -- what cannot be helped ---------------------------------------------------------------------------------------
 
-    def _at_moment(self, number: int, budget: int) -> tuple[Cuts, int]:
-        """What may be kept and must be repeated after op `number`, and the bytes that there are for what is kept."""
+    def _at_moment(self, number: int, budget: int) -> float:
+        """Seconds that are repeated at least after op `number`, as far as the curve of what is kept there tells."""
         demands, values = self.graph.demands, self.graph.values
         later = {d.value for d in demands if d.before > number} & set(self._wanted)
         running = {d.value for d in demands if d.before <= number < d.until} & set(self._wanted)
         made = {v.number for v in values if v.made_by is not None and v.made_by <= number}
         free = {v for v in made if self._is_held(v, number)} | running
         room = budget - self._bare[number]
-        room -= sum(values[v].nbytes for v in running if not self._is_held(v, number))
-        return Cuts(self.graph, sorted(later & made), free, self._barred & made), room
+        room -= sum(values[v].nbytes for v in running if not self._is_held(v, number) and values[v].overwritten is None)
+        barred = {v for v in self._barred & made if (op := values[v].overwritten) is None or op <= number}
+        if number >= self._first_asked:
+            barred.clear()  # what was replayed may be held
+        return Cuts(self.graph, sorted(later & made), free, barred).bound(room)
 
     def _bound_in(self, frame: Frame, budget: int) -> float:
         """Seconds that every plan repeats that keeps what crosses the cuts of a frame."""

@@ -7,8 +7,8 @@ recomputation", 2022) but with the seconds of ops as capacities; prices at which
 parametric search (Eisner and Severance, 1976): the line through two known answers gives the next price to try.
 Regime: a cut takes milliseconds for thousands of ops. The answers are the corners of a convex curve, and the curve is a
 lower bound: no schedule that has fewer bytes live at that moment recomputes less.
-Known gaps: between two corners the true optimum may lie above the curve; integer programming tells by how much. What
-is live while recomputing is not priced. Capacities are rounded to 2**-28 of their sum.
+Known gaps: between two corners the true optimum may lie above the curve; integer programming (`policy.moments`) tells
+by how much. What is live while recomputing is not priced. Capacities are rounded to 2**-28 of their sum.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from rekindle.graph import Graph
-from rekindle.policy.program import COST, ONE, ZERO, Program
 
 _ENDLESS = 1 << 30  # capacities are 32-bit integers
 _TOTAL = 1 << 28
 _SOURCE, _SINK = 0, 1
 _TINY = 1e-6  # of all seconds
-_NODES, _GAP = 20, 0.005  # when integer programming is done: nodes of its tree, or so near the best
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,6 @@ class Cuts:
         """`free` values are there anyway; `barred` ones cannot be kept."""
         self._graph = graph
         wanted = set(wanted)
-        self._wanted, self._barred = wanted, barred
         values, ops = _needed(graph, wanted, free)
         self._values = values
         nodes = {("value", value): 2 + index for index, value in enumerate(values)}
@@ -130,27 +127,6 @@ class Cuts:
                 return max(0.0, line)
             low, high = (middle, high) if middle.nbytes <= nbytes else (low, middle)
         return high.seconds
-
-    def bound_in_whole(self, nbytes: int) -> float:
-        """The same where nothing is kept in part, by integer programming: no less than `bound`, in some more time."""
-        values, ops = self._graph.values, self._graph.ops
-        total = sum(ops[op].seconds for op in self._ops)
-        if not total:
-            return 0.0
-        program, scale = Program(), COST / total
-        kept = {value: ZERO if value in self._barred else program.column(integral=True) for value in self._values}
-        repeated = {op: program.column(ops[op].seconds * scale, integral=True) for op in self._ops}
-        for value in kept.keys() & self._wanted:
-            program.at_most([ONE], [kept[value], repeated[self._maker(value)]])
-        for op in self._ops:
-            for source in kept.keys() & ops[op].inputs:
-                program.at_most([repeated[op]], [kept[source], repeated[self._maker(source)]])
-        most = max(values[value].nbytes for value in kept) or 1  # weights of up to one: no tolerance is too tight then
-        program.row(((column, values[value].nbytes / most) for value, column in kept.items()), nbytes / most)
-        # With presolve, HiGHS 1.12 prints a line of its own where undoing it leaves a row violated.
-        result = program.solve(node_limit=_NODES, mip_rel_gap=_GAP, presolve=False)
-        proven = result.mip_dual_bound if any(program.integral) else result.fun  # a linear program has no dual bound
-        return (proven or 0.0) / scale * (1 - _TINY)
 
     def _rounding(self, price: float) -> float:
         """Seconds by which the best for a price may be missed: each capacity is off by half a unit, in two cuts."""
