@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import nets
+import paper
 import rekindle
 import zoo
 from helpers import Layer, Managed, Step, assert_same, live_activations, small_batch, small_model, train
 from rekindle.graph import simulate
+from rekindle.runtime.learn import Learner
 from rekindle.runtime.room import kept_back
 
 pytestmark = pytest.mark.usefixtures("counting")
@@ -384,3 +386,15 @@ def with_gradients(model: nn.Module, session: rekindle.Session) -> rekindle.Sess
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return session
+
+
+@pytest.mark.parametrize(
+    "learner", [Learner(rekindle.Balanced(0.5), None), Learner(None, 1 << 20)], ids=["policy", "budget"]
+)
+def test_ops_that_look_alike_take_as_long(learner: Learner) -> None:
+    """What disturbed one of several identical layers while it was recorded decides nothing: an op counts with what is
+    usual for its name and for the geometry of what it reads and makes."""
+    sizes, times = [8, 8, 8, 8, 8, 16], [1.0, 1.0, 9.0, 1.0, 1.0, 5.0]
+    learner.learn(paper.chain_step(6, nbytes=sizes, seconds=times), peak=0, followed=False)
+    (step,) = learner.plans.planned
+    assert [op.seconds for op in step.graph.forward] == [1.0, 1.0, 1.0, 1.0, 1.0, 5.0]

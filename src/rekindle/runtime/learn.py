@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from statistics import median_low
 
-from rekindle.graph import Graph, Plan
+from rekindle.graph import Graph, Op, Plan
 from rekindle.policy import Planner, PolicyLike, decider_of, make_plan
 from rekindle.report import planning, telling
 from rekindle.runtime.follow import Follower, PlanCache, stream_of
@@ -19,7 +22,9 @@ class Learner:
 
     A plan that the user gives is obeyed as it is: nothing is recorded, and a step that is not the planned one refused.
     With a budget, a stream is recorded twice at least: the first step warms up caches and libraries, and ops look
-    slower than they are. What a planned step had live beyond its plan is counted as standing when it is planned again.
+    slower than they are. Identical layers repeat the same ops, which are taken to need the same time: on a busy machine
+    some of them look several times slower than others. What a planned step had live beyond its plan is counted as
+    standing when it is planned again.
     """
 
     def __init__(self, policy: PolicyLike | None, budget: int | None, plan: Plan | None = None) -> None:
@@ -46,6 +51,7 @@ class Learner:
         says that a plan was followed to its end."""
         again = False
         if self._policy is not None and not self._on_the_go:
+            graph = _evened(graph)
             self.plans.add(graph, make_plan(self._policy, graph))
         elif self._budget is not None and self._policy is None and _is_whole(graph):
             again = self._fit(graph, peak, followed, self._budget)
@@ -69,6 +75,7 @@ class Learner:
         before, off = self.plans.find(names), False
         if before is not None:
             graph = _quicker(before.graph, graph)
+        graph = _evened(graph)
         forecast = before.plan.forecast if before is not None and followed else None
         if forecast is not None:
             off = abs(peak - forecast.peak) > _OFF * forecast.peak or peak > budget
@@ -105,3 +112,22 @@ def _quicker(one: Graph, other: Graph) -> Graph:
         return other
     ops = (replace(op, seconds=min(op.seconds, old.seconds)) for old, op in zip(one.ops, other.ops, strict=True))
     return replace(other, ops=tuple(ops))
+
+
+def _evened(graph: Graph) -> Graph:
+    """`graph` with the seconds that are usual among ops that look alike, of which few were disturbed."""
+    alike: dict[Hashable, list[float]] = defaultdict(list)
+    looks = [_look_of(op, graph) for op in graph.ops]
+    for op, look in zip(graph.ops, looks, strict=True):
+        alike[look].append(op.seconds)
+    usual = {look: median_low(seconds) for look, seconds in alike.items()}
+    return replace(
+        graph, ops=tuple(replace(op, seconds=usual[look]) for op, look in zip(graph.ops, looks, strict=True))
+    )
+
+
+def _look_of(op: Op, graph: Graph) -> Hashable:
+    """What an op has in common with those that take as long: its name, and the geometry of what it reads and makes."""
+    values = [graph.values[value] for value in (*op.inputs, *op.outputs)]
+    geometry = tuple((value.shape, value.nbytes, value.dtype, value.device) for value in values)
+    return op.name, op.backward, len(op.inputs), geometry
