@@ -207,6 +207,9 @@ def test_workspaces_are_no_results(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table.measure("on the CPU", func, args, {})[1] == sizes.Need(40 * MIB, 2 * MIB)
     monkeypatch.setattr(sizes, "_on_accelerator", lambda result: True)
     assert table.measure("elsewhere", func, args, {})[1] == sizes.Need(MIB, 2 * MIB)
+    made, need = table.measure("sparse", torch.ops.aten._to_sparse.default, args[:1], {})
+    assert made.is_sparse
+    assert need == sizes.Need(40 * MIB, 2 * MIB)  # nothing else tells what it holds
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ all that follow.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,9 +105,12 @@ def _on_accelerator(result: Any) -> bool:
 
 
 def _stays(result: Any) -> int:
-    """Bytes of the storages of results. Libraries allocate workspaces on an accelerator in the first op that needs one,
-    and keep them: that is no more than once."""
-    storages = [tensor.untyped_storage() for tensor in tensors_of([result])]
+    """At most the bytes of results, by their storages, if they have any. Libraries allocate workspaces on an
+    accelerator in the first op that needs one, and keep them: that is no more than once."""
+    try:
+        storages = [tensor.untyped_storage() for tensor in tensors_of([result])]
+    except (NotImplementedError, RuntimeError):  # sparse, opaque layouts
+        return sys.maxsize
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
