@@ -45,7 +45,7 @@ _PROMISING = 1  # plans that keep what is best kept at one moment, and are polis
 _MORE = (
     (600, 1.005),
     (350, 1.11),
-)  # for another moment: most ops of the forward pass, and times the bound that are too many
+)  # when another moment is taken in: at most so many forward ops, so far from the bound
 _MOMENTS = 4  # for which the lower bound is computed
 
 
