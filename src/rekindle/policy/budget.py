@@ -42,10 +42,7 @@ _DEEP = 6  # frames of which the lowest peak is looked for
 _HALVINGS = 8  # of the way from one price to the next
 _NEAR, _DONE = 1.005, 1.02  # times the bound: near enough, and near enough if nothing better is at hand
 _PROMISING = 1  # plans that keep what is best kept at one moment, and are polished
-_MORE = (
-    (600, 1.005),
-    (350, 1.11),
-)  # when another moment is taken in: at most so many forward ops, so far from the bound
+_MORE = ((600, 1.005), (350, 1.11))  # at most so many forward ops, and so far from the bound, for another moment
 _MOMENTS = 4  # for which the lower bound is computed
 
 
