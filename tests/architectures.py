@@ -673,6 +673,23 @@ GENERATIVE = (
         n_codebooks=2,
         upsampling_ratios=(4, 2),
     ),
+    generative(
+        "mimi",
+        batch=wave,
+        sizes={},
+        hidden_size=32,
+        num_filters=16,
+        upsampling_ratios=[4, 2],
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=64,
+        codebook_size=32,
+        codebook_dim=16,
+        vector_quantization_hidden_dimension=16,
+        num_quantizers=4,
+        upsample_groups=32,
+    ),
     generative("imagegpt", "ImageGPTForCausalImageModeling", partial(language, words=95), n_positions=32),
 )
 ARCHITECTURES = (
@@ -695,9 +712,9 @@ DEPART = {
     "jetmoe": "each expert is given as many tokens as the router sends it, one kernel an expert",
     "dbrx": "each expert is given as many tokens as the router sends it",
     "vits": "the length of the sound follows from durations that it draws",
+    "mimi": "it computes its codebooks in its first step and keeps them",
 }
 LEFT_OUT = {
     "reformer": "it seeds itself anew in each step (`torch.seed()`), so that no two plain runs are equal",
-    "mimi": "it computes its codebook in its first step and keeps it, so that no other step is like that one",
     "kimi_linear": "its loop over positions makes 3,500 small ops of two layers, which take long to plan",
 }

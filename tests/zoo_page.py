@@ -89,7 +89,7 @@ def write(rows: Sequence[Row]) -> None:
     parts = (
         _head(rows),
         table(COLUMNS, (row.cells for row in rows)),
-        f"## Where data decide\n\nSteps of these differ in their ops or sizes, so they are run in a session that plans "
+        "## Where steps differ\n\nSteps of these differ in their ops or sizes, so they are run in a session that plans "
         f"for itself and makes room op by op:\n\n{exceptions}",
         f"## Left out\n\n{left_out}",
     )

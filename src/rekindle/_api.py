@@ -113,8 +113,10 @@ def plan(
 ) -> Plan:
     """The plan with the least recomputation for one training step within a budget. Nothing is run for real.
 
-    Neither weights nor inputs need memory: both may be on the meta device. The model is not touched. `plan.forecast`
-    tells the peak in bytes and what is recomputed in seconds; both are of the step that `rehearse` tells of.
+    Neither weights nor inputs need memory: both may be on the meta device. The model is not touched. Gradients that it
+    has are there in the planned step too, which adds to them; without, the step makes them. Call `zero_grad()` before,
+    or allocate them, for the plan of the steps that you are going to run. `plan.forecast` tells the peak in bytes and
+    what is recomputed in seconds; both are of the step that `rehearse` tells of.
 
     Args:
         model: in the mode that it is trained in.
@@ -158,7 +160,7 @@ def max_batch(
 
     Args:
         make_inputs: makes the inputs of a batch of that size, as for `plan`; on the meta device they cost nothing.
-        model, memory_budget, headroom, device, loss: as for `plan`.
+        model, memory_budget, headroom, device, loss: as for `plan`, gradients of the model included.
         limit: the largest batch to try.
 
     Raises:

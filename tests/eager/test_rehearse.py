@@ -72,15 +72,48 @@ def test_the_model_is_not_touched() -> None:
 
 
 def test_gradients_that_are_there_stay() -> None:
-    """A rehearsal begins without gradients, whatever the model has, and leaves those."""
+    """A rehearsal begins with the gradients that the model has, adds to fakes of them, and leaves the real ones."""
     model, x = small_model(1), small_batch(0)
     fresh = rehearse(model, (x,))
     model(x).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     copies = [gradient.clone() for gradient in gradients if gradient is not None]
-    assert rehearse(model, (x,)) == fresh
+    again = rehearse(model, (x,))
+    added = [op for op in again.ops if op.name == "aten.add_.Tensor" and op.backward]
+    assert len(again.ops) - len(fresh.ops) == len(added) == len(gradients)
+    assert again.standing - fresh.standing == sum(gradient.nbytes for gradient in copies)
     assert [parameter.grad for parameter in model.parameters()] == gradients
     assert all(map(torch.equal, copies, gradients))
+
+
+def test_some_gradients() -> None:
+    """With gradients for some parameters only, one of them in a longer type than its parameter, ops, values and
+    standing bytes are those of the real step."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = small_model(2)
+        for parameter in list(model.parameters())[::2]:
+            parameter.grad = torch.zeros_like(parameter)
+        model.bfloat16()
+        model[2].weight.grad, model[2].weight.grad_dtype = None, torch.float32
+        model[2].weight.grad = torch.zeros(64, 64)
+        return model
+
+    x = small_batch(0).bfloat16()
+    real, fake = real_graph(make(), x), rehearse(make(), (x,))
+    assert [op.name for op in fake.ops] == [op.name for op in real.ops]
+    assert [value.nbytes for value in fake.values] == [value.nbytes for value in real.values]
+    assert fake.standing == real.standing
+
+
+def test_gradients_without_a_plain_storage() -> None:
+    """Sparse gradients are refused as other sparse tensors are, with what to do instead."""
+    model = nn.Sequential(nn.Embedding(16, 64, sparse=True), Layer())
+    tokens = torch.zeros(4, 8, dtype=torch.long)
+    model(tokens).sum().backward()
+    with pytest.raises(RehearsalError, match=r"sparse.*rekindle\.Session\(memory_budget=\.\.\.\)"):
+        rehearse(model, (tokens,))
 
 
 def test_hooks_run_on_the_copy() -> None:

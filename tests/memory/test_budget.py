@@ -12,6 +12,31 @@ import peers
 import rekindle
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: peers.gpt2(layers=4, width=128, heads=4, length=128, vocabulary=512), id="gpt2"),
+        pytest.param(lambda: peers.llama(layers=4, width=128, heads=4, length=128, vocabulary=512), id="llama"),
+    ],
+)
+def test_planned_ahead(make: Callable[[], peers.Workload]) -> None:
+    """34% of what plain PyTorch needs beside parameters, gradients and the batch, planned ahead: the first step has the
+    same bits, departs from nothing, and its peak is the predicted one within 2%, and within the budget."""
+    workload = make()
+    expected, plain = workload.outcome(nullcontext()), workload.peak(nullcontext())
+    budget = workload.standing() + int(0.34 * plain)
+    session = rekindle.Session(memory_budget=budget, plan_ahead=True)
+    plans = []
+    with workload.model.register_forward_pre_hook(lambda module, args: plans.append(session.plan)):
+        peak = workload.standing() + workload.peak(session)
+    assert peak <= budget
+    assert peak == pytest.approx(plans[-1].forecast.peak, rel=0.02)
+    assert (session.stats.rehearsals, session.stats.departures, session.stats.sweeps) == (1, 0, 0)
+    again = rekindle.Session(memory_budget=budget, plan_ahead=True)
+    assert [key for key, digest in workload.outcome(again).items() if digest != expected[key]] == []
+    assert again.stats.ops_replayed > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [peers.gpt2, peers.llama, peers.resnet], ids=["gpt2", "llama", "resnet50"])
 def test_full_model(make: Callable[[], peers.Workload]) -> None:

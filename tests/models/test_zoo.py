@@ -119,7 +119,7 @@ def recorded(architecture: Architecture) -> Graph:
 
 
 def session_of(name: str, plan: rekindle.Plan, budget: int) -> rekindle.Session:
-    """A session that obeys a plan and refuses any other step, or one that plans for itself if steps go as data says."""
+    """A session that obeys a plan and refuses any other step, or one that plans for itself if steps differ."""
     return rekindle.Session(memory_budget=budget) if name in DEPART else rekindle.Session(plan=plan)
 
 
@@ -158,7 +158,7 @@ def rows() -> Iterator[list[Row]]:
 )
 def test_two_steps_midway(architecture: Architecture, rows: list[Row]) -> None:
     """At the middle between floor and full: loss, gradients, weights, buffers and random states of both steps equal the
-    plain ones, the budget holds, ops are replayed, and no step departs from its plan, but where data decide."""
+    plain ones, the budget holds, ops are replayed, and no step departs from its plan, but where steps differ."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if architecture.warns else "error")
         graph = recorded(architecture)

@@ -128,6 +128,18 @@ class Fakes:
                 "record a real step: run one in rekindle.Session(memory_budget=...)."
             ) from error
 
+    def copy_gradients(self, model: torch.nn.Module, copied: torch.nn.Module) -> None:
+        """Give the parameters of a copy fakes of the gradients that the originals have; deep copies have none.
+
+        Raises:
+            RehearsalError: one has no plain storage, as sparse gradients.
+        """
+        copies = dict(copied.named_parameters())
+        for name, parameter in model.named_parameters():
+            if name in copies and parameter.grad is not None:
+                copies[name].grad_dtype = parameter.grad.dtype
+                copies[name].grad = self.of(parameter.grad)
+
 
 class _Copying(TorchFunctionMode):
     """Makes the deep copy of a tensor a fake. That of a parameter is made of a clone of its data."""

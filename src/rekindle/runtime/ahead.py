@@ -22,7 +22,7 @@ _MOST_SIGNATURES = 64
 
 
 class Ahead:
-    """The rehearsed plans of a session: one for each signature of what comes in, until a recorded step gives one."""
+    """The rehearsed plans of a session: one for each full signature, until a recorded step gives one."""
 
     def __init__(self, budget: int, min_nbytes: int) -> None:
         self._budget = budget
@@ -59,7 +59,7 @@ class Ahead:
             return self._plan(arrival, excess, tell)
 
     def _plan(self, arrival: Arrival, excess: int, tell: Callable[[str], None]) -> bool:
-        self._put(arrival.signature, None)
+        self._put(arrival.full_signature, None)
         try:
             graph = _rehearse(arrival, self._min_nbytes)
         except Exception as error:  # whatever the model does to fake tensors
@@ -72,10 +72,10 @@ class Ahead:
             )
             return False
         graph = replace(graph, standing=graph.standing + excess + kept_back(self._budget))
-        del self._steps[arrival.signature]  # to be refused again, should no plan fit
+        del self._steps[arrival.full_signature]  # to be refused again, should no plan fit
         tell(planning(graph, self._budget))
         plan = Planner(graph).plan(self._budget)
-        self._put(arrival.signature, PlannedStep.of(graph, plan, whole=False))
+        self._put(arrival.full_signature, PlannedStep.of(graph, plan, whole=False))
         return True
 
     def _put(self, signature: Hashable, step: PlannedStep | None) -> None:

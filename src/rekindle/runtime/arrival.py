@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rekindle.record.kernels import tensors_of
 from rekindle.record.torch_private import arguments_of, members_of
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -21,8 +22,8 @@ class Arrival:
     Attributes:
         module: which one.
         args, kwargs: what it was called with.
-        signature: the module, its mode and the geometry of what it was called with: equal for steps that run the same
-            ops on the same sizes, unless these depend on the content of tensors.
+        signature: the module, its mode and the geometry of what it was called with: equal for steps whose forward
+            passes run the same ops on the same sizes, unless these depend on the content of tensors.
         sure: whether nothing among the arguments is of a kind that says nothing of its sizes.
     """
 
@@ -39,6 +40,16 @@ class Arrival:
         unknown: list[type] = []
         geometry = _geometry((args, kwargs), unknown)
         return cls(module, args, kwargs, (weakref.ref(module), _mode_of(module), geometry), not unknown)
+
+    @property
+    def full_signature(self) -> Hashable:
+        """The signature, and which parameters have gradients: the backward pass adds to those, and makes others."""
+        return self.signature, tuple(parameter.grad is not None for parameter in self.module.parameters())
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What the module was called with."""
+        return tensors_of((*self.args, *self.kwargs.values()))
 
 
 def _mode_of(module: torch.nn.Module) -> Hashable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -76,6 +76,11 @@ class PlannedStep:
         restful = whole and _keeps_everything(graph, plan) and not go_by_data(graph)
         return cls(graph, plan, names, keeps, tuple(prefixes), tuple(asked), tuple(turns), forward, restful, whole)
 
+    @property
+    def kind(self) -> int:
+        """What tells its step from others when it is over."""
+        return kind_of(self.graph)
+
 
 class Follower:
     """Says for each activation of a step whether the plan keeps it, and for each demand what is retained.
@@ -90,6 +95,7 @@ class Follower:
         self._refuses = refuses
         self.on_departure: Callable[[], None] | None = None
         self._planned = planned
+        self._standing: int | None = None
         self.step = planned[0] if planned else None
         self._position = 0
         self._demand = 0
@@ -145,10 +151,11 @@ class Follower:
         return step if step is not None and not self.departed and self._position == len(step.names) else None
 
     def check(self, standing: int) -> None:
-        """Depart if nothing is made yet and more bytes stand than a plan has room for."""
-        if self._position or self.step is None or self.departed or _has_room(self.step, standing):
+        """Choose among the plans by the bytes that stand, if nothing is made yet. Depart if none has room for them."""
+        if self._position or self.step is None or self.departed:
             return
-        self.step = next((step for step in self._planned if _has_room(step, standing)), None)
+        self._standing = standing
+        self.step = self._nearest(self._planned)
         if self.step is None:
             self._depart()
 
@@ -191,10 +198,19 @@ class Follower:
     def _other(self, position: int, name: str, nbytes: int) -> PlannedStep | None:
         assert self.step is not None
         prefix = self.step.prefixes[position]
-        for step in self._planned:
-            if position < len(step.names) and step.prefixes[position] == prefix and _same(step, position, name, nbytes):
-                return step
-        return None
+        alike = (step for step in self._planned if position < len(step.names) and step.prefixes[position] == prefix)
+        return self._nearest(step for step in alike if _same(step, position, name, nbytes))
+
+    def _nearest(self, steps: Iterable[PlannedStep]) -> PlannedStep | None:
+        """The plan that was made for the bytes that stand, or nearly so; the newest of equals; None if none has room.
+
+        Forward passes do not tell whether gradients are there, and a plan is made for one or the other.
+        """
+        standing = self._standing
+        if standing is None:
+            return next(iter(steps), None)
+        fitting = (step for step in steps if _has_room(step, standing))
+        return min(fitting, key=lambda step: abs(step.graph.standing - standing), default=None)
 
 
 def _keeps_everything(graph: Graph, plan: Plan) -> bool:
@@ -240,6 +256,14 @@ def stream_of(graph: Graph) -> Stream:
     return tuple((ops[values[value].made_by or 0].name, values[value].nbytes) for value in _evictable(graph))
 
 
+def kind_of(graph: Graph) -> int:
+    """What tells a recorded step from others: its stream, and how often its backward pass writes to what was there.
+
+    A step that adds to gradients has the stream of one that makes them, and needs other bytes.
+    """
+    return hash((stream_of(graph), sum(op.backward and not op.outputs for op in graph.ops)))
+
+
 def _evictable(graph: Graph) -> list[int]:
     """What it consists of, by the numbers of the values."""
     return [value for op in graph.ops for value in op.outputs if graph.values[value].evictable]
@@ -252,18 +276,18 @@ class PlanCache:
         self.planned: list[PlannedStep] = []
 
     def add(self, graph: Graph, plan: Plan) -> None:
-        """Remember the plan of a stream; it replaces an older one of the same stream."""
+        """Remember the plan of a step; it replaces an older one of the same kind."""
         step = PlannedStep.of(graph, plan)
-        others = [other for other in self.planned if other.names != step.names]
+        others = [other for other in self.planned if other.kind != step.kind]
         self.planned = [step, *others][:_MOST_PLANS]
 
-    def forget(self, names: Stream) -> None:
-        """Forget the plan of a stream."""
-        self.planned = [step for step in self.planned if step.names != names]
+    def forget(self, kind: int) -> None:
+        """Forget the plan of a kind of step."""
+        self.planned = [step for step in self.planned if step.kind != kind]
 
-    def find(self, names: Stream) -> PlannedStep | None:
-        """The plan of a stream, if there is one."""
-        return next((step for step in self.planned if step.names == names), None)
+    def find(self, kind: int) -> PlannedStep | None:
+        """The plan of a kind of step, if there is one."""
+        return next((step for step in self.planned if step.kind == kind), None)
 
     def follow(self, refuses: bool = False) -> Follower:
         """A follower for the step that begins now; with `refuses`, one that takes no other forward pass."""

@@ -10,18 +10,18 @@ from statistics import median_low
 from rekindle.graph import Graph, Op, Plan
 from rekindle.policy import Planner, PolicyLike, decider_of, make_plan
 from rekindle.report import planning, telling
-from rekindle.runtime.follow import Follower, PlanCache, stream_of
+from rekindle.runtime.follow import Follower, PlanCache, PlannedStep, kind_of
 from rekindle.runtime.room import kept_back
 
 _OFF = 0.02  # of the predicted peak; when the measured one is further away, the step is planned again
-_MOST_RECORDED = 4  # steps of one stream that are recorded
+_MOST_RECORDED = 4  # steps of one kind that are recorded
 
 
 class Learner:
     """The plans of a session, and whether the next step is to be recorded for one.
 
     A plan that the user gives is obeyed as it is: nothing is recorded, and a step that is not the planned one refused.
-    With a budget, a stream is recorded twice at least: the first step warms up caches and libraries, and ops look
+    With a budget, a kind of step is recorded twice at least: the first step warms up caches and libraries, and ops look
     slower than they are. Identical layers repeat the same ops, which are taken to need the same time: on a busy machine
     some of them look several times slower than others. What a planned step had live beyond its plan is counted as
     standing when it is planned again.
@@ -36,7 +36,7 @@ class Learner:
         if plan is not None and plan.graph is not None:
             self.plans.add(plan.graph, plan)
         self._on_the_go = policy is not None and decider_of(policy) is not None
-        self._streams: dict[int, _Stream] = {}
+        self._kinds: dict[int, _Kind] = {}
 
     def follow(self) -> Follower | None:
         """A follower for the step that begins now; None if nothing is planned."""
@@ -46,9 +46,9 @@ class Learner:
             return None
         return self.plans.follow(refuses=self._given is not None)
 
-    def learn(self, graph: Graph, peak: int, followed: bool) -> None:
+    def learn(self, graph: Graph, peak: int, followed: PlannedStep | None) -> None:
         """Plan for the step that has just been recorded. `peak` is the most bytes that were live in it, and `followed`
-        says that a plan was followed to its end."""
+        the plan that was followed to its end."""
         again = False
         if self._policy is not None and not self._on_the_go:
             graph = _evened(graph)
@@ -64,36 +64,36 @@ class Learner:
         if follower.departed:
             self.records = True
         elif self._budget is not None and peak > self._budget and follower.step is not None:
-            stream = self._streams.get(hash(follower.step.names))
-            self.records = stream is not None and stream.recorded < _MOST_RECORDED
+            kind = self._kinds.get(follower.step.kind)
+            self.records = kind is not None and kind.recorded < _MOST_RECORDED
 
-    def _fit(self, graph: Graph, peak: int, followed: bool, budget: int) -> bool:
+    def _fit(self, graph: Graph, peak: int, followed: PlannedStep | None, budget: int) -> bool:
         """Plan for a budget. Returns whether the next step is to be recorded too."""
-        names = stream_of(graph)
-        stream = self._streams.setdefault(hash(names), _Stream())
-        stream.recorded += 1
-        before, off = self.plans.find(names), False
+        number = kind_of(graph)
+        kind = self._kinds.setdefault(number, _Kind())
+        kind.recorded += 1
+        before, off = self.plans.find(number), False
         if before is not None:
             graph = _quicker(before.graph, graph)
         graph = _evened(graph)
-        forecast = before.plan.forecast if before is not None and followed else None
+        forecast = before.plan.forecast if before is not None and followed is before else None
         if forecast is not None:
             off = abs(peak - forecast.peak) > _OFF * forecast.peak or peak > budget
-            stream.excess = max(0, stream.excess + peak - forecast.peak) if off else stream.excess
+            kind.excess = max(0, kind.excess + peak - forecast.peak) if off else kind.excess
         with telling(planning(graph, budget)):
-            plan = Planner(replace(graph, standing=graph.standing + stream.excess)).find(budget - kept_back(budget))
+            plan = Planner(replace(graph, standing=graph.standing + kind.excess)).find(budget - kept_back(budget))
         if plan is None:
-            self.plans.forget(names)  # a plan that was too full, too: it goes on line, or not at all
+            self.plans.forget(number)  # a plan that was too full, too: it goes on line, or not at all
             return False
         self.plans.add(graph, plan)
-        known = {hash(step.names) for step in self.plans.planned}
-        self._streams = {key: stream for key, stream in self._streams.items() if key in known}
-        return stream.recorded < 2 or (off and stream.recorded < _MOST_RECORDED)
+        known = {step.kind for step in self.plans.planned}
+        self._kinds = {number: kind for number, kind in self._kinds.items() if number in known}
+        return kind.recorded < 2 or (off and kind.recorded < _MOST_RECORDED)
 
 
 @dataclass(slots=True)
-class _Stream:
-    """What is known of a stream beside its plan: how often it was recorded, and the bytes that its plans overlooked."""
+class _Kind:
+    """What is known of a kind of step beside its plan: how often it was recorded, and bytes that plans overlooked."""
 
     recorded: int = 0
     excess: int = 0

@@ -50,7 +50,8 @@ def rehearse(
     loss: Loss | None = None,
     min_nbytes: int = DEFAULT_MIN_NBYTES,
 ) -> Graph:
-    """The graph of one training step, forward and backward from no gradients, without running it for real.
+    """The graph of one training step, forward and backward, without running it for real. It adds to the gradients that
+    the model has, and makes those that it has not.
 
     The model is not touched: a copy of it runs, with fake tensors for its parameters and buffers. It may have been made
     on the meta device, and so may the inputs; if the model looks at what integers among these hold (an attention mask,
@@ -87,9 +88,10 @@ def rehearse(
     here = kind in ("cpu", str(torch.accelerator.current_accelerator(check_available=True)).partition(":")[0])
     fakes = Fakes(torch.device(kind if here else "cpu"), kind)
     try:
-        model, args, kwargs = fakes.copy((model, tuple(args), dict(kwargs or {})))
+        copied, args, kwargs = fakes.copy((model, tuple(args), dict(kwargs or {})))
+        fakes.copy_gradients(model, copied)
         with nullcontext() if here else AsOnCuda():
-            graph = _Stage(fakes, cost, min_nbytes).play(model, args, kwargs, loss or _loss_of)
+            graph = _Stage(fakes, cost, min_nbytes).play(copied, args, kwargs, loss or _loss_of)
     finally:
         fakes.forget()
     return replace(graph, values=tuple(replace(value, device=value.device and kind) for value in graph.values))
@@ -140,8 +142,8 @@ class _Stage:
         return tape.graph(self._modules.names())
 
     def _meet(self, module: torch.nn.Module) -> None:
-        for tensor in (*module.parameters(), *module.buffers()):
-            self._ledger.track_leaf(tensor)
+        parameters = list(module.parameters())
+        self._ledger.track_leaves((*parameters, *module.buffers(), *(parameter.grad for parameter in parameters)))
 
 
 class _FakeSavedTensors(SavedTensors):

@@ -20,7 +20,6 @@ from rekindle.policy import Decider, KeepAll, PerModule, PolicyLike, check_polic
 from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Ledger
 from rekindle.record.cost import Roofline
-from rekindle.record.kernels import tensors_of
 from rekindle.record.modules import ModuleStack
 from rekindle.record.recorder import DEFAULT_MIN_NBYTES, Recorder
 from rekindle.record.tape import Tape
@@ -36,7 +35,7 @@ from rekindle.runtime.arrival import Arrival
 from rekindle.runtime.checksums import Checksums
 from rekindle.runtime.decide import Decisions
 from rekindle.runtime.eviction import Eviction, EvictionPolicy, Evictor, Sweep
-from rekindle.runtime.follow import Follower, stream_of
+from rekindle.runtime.follow import Follower, kind_of
 from rekindle.runtime.hooks import SavedTensors
 from rekindle.runtime.learn import Learner
 from rekindle.runtime.pressure import AcceleratorReader, Level, Pressure, default_reader, read_budget
@@ -310,9 +309,9 @@ class Session:
     def _learn(self, tape: Tape) -> None:
         graph = self._graph = tape.graph(self.modules.names())
         follower = self._decisions.follower
-        self._learner.learn(graph, self._highest(), follower is not None and not follower.departed)
+        self._learner.learn(graph, self._highest(), follower.completed() if follower is not None else None)
         if self._ahead is not None and self._signature is not None:
-            self._ahead.recorded(self._signature, self._learner.plans.find(stream_of(graph)) is not None)
+            self._ahead.recorded(self._signature, self._learner.plans.find(kind_of(graph)) is not None)
         if isinstance(self.policy, PerModule) and (unmatched := self.policy.unmatched(graph)):
             warnings.warn(
                 f"{self.policy!r}: no module that ran is meant by {', '.join(map(repr, unmatched))}, so nothing is "
@@ -408,14 +407,17 @@ class Session:
     def _meet(self, module: torch.nn.Module) -> None:
         """Make ready for a call of an outermost module: plan ahead for it, or rest if nobody has to look."""
         new = self._see(module)
-        if self._ahead is not None and self._signature is None and torch.is_grad_enabled() and _trains(module):
-            self._plan_ahead(self._ahead, Arrival.of(module))
+        arrival = arrival_of(module)
+        if arrival is not None:
+            self._ledger.track_leaves(arrival.tensors)
+            if self._ahead is not None and self._signature is None and torch.is_grad_enabled() and _trains(module):
+                self._plan_ahead(self._ahead, arrival)
         self._check_standing()
         rest, follower = self._rest, self._decisions.follower
         if rest is None or self._step.rested:
             return
         made = follower.made_so_far if follower is not None else 0
-        rest.arrived(arrival_of(module), self._ledger.total_nbytes if rest.is_first() else new, made)
+        rest.arrived(arrival, self._ledger.total_nbytes if rest.is_first() else new, made)
         if not (self._learner.records or self._asked or self.modules.stays) and rest.knows(follower):
             self._lie_down()
 
@@ -425,11 +427,11 @@ class Session:
         Raises:
             BudgetInfeasible: there is none that fits.
         """
-        self._signature = arrival.signature
-        if not ahead.knows(arrival.signature):
+        self._signature = arrival.full_signature
+        if not ahead.knows(self._signature):
             with self.modules.blind():
                 self._step.rehearsals += ahead.rehearse(arrival, self._beside(arrival))
-        step = ahead.step(arrival.signature)
+        step = ahead.step(self._signature)
         if step is not None:
             follower = Follower((step,))
             follower.on_departure = self._go_on_line
@@ -438,9 +440,10 @@ class Session:
             self._step.departures = 0  # from plans for other arguments, by what ran before the call
 
     def _beside(self, arrival: Arrival) -> int:
-        """Bytes that are there before a call, without the parameters, buffers and arguments of its module."""
-        module = arrival.module
-        known = (*module.parameters(), *module.buffers(), *tensors_of((*arrival.args, *arrival.kwargs.values())))
+        """Bytes that are there before a call, beside the parameters, gradients, buffers and arguments of its module."""
+        parameters = list(arrival.module.parameters())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        known = (*parameters, *gradients, *arrival.module.buffers(), *arrival.tensors)
         tracked = {found.key: found for tensor in known if (found := self._ledger.track_leaf(tensor)) is not None}
         return self._ledger.total_nbytes - sum(found.nbytes + found.leaf_nbytes for found in tracked.values())
 
