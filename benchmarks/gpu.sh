@@ -1,6 +1,6 @@
 #!/bin/sh
 # Everything that needs a CUDA device: the tests, on as many processes as WORKERS says, and the benchmark, whose page it
-# writes. Five minutes on an H200. PYTHON names an interpreter that has what `pip install .[test]` brings.
+# writes. PYTHON names an interpreter that has what `pip install .[test]` brings.
 set -eu
 cd "$(dirname "$0")/.."
 export PYTHONPATH=src KINETO_LOG_LEVEL=6 OMP_NUM_THREADS=2

@@ -56,6 +56,20 @@ def test_nobody_asks_about_the_cpu() -> None:
     assert ledger.total_nbytes == leaf.nbytes
 
 
+def test_allocators_that_tell_nothing() -> None:
+    """On a device that has no such figures, what the session sees counts."""
+
+    def allocated(device: torch.device) -> int:
+        raise RuntimeError("no allocator")
+
+    ledger = Ledger(lambda activation, nbytes: None, allocated)
+    ledger._find_place(torch.device("xpu"))
+    leaf = torch.ones(100)
+    ledger.track_leaf(leaf)
+    assert ledger.place is None
+    assert ledger.total_nbytes == leaf.nbytes
+
+
 class Accelerator:
     """Has sessions take the CPU for an accelerator, on which others have `others` bytes.
 

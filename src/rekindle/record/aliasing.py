@@ -236,9 +236,13 @@ class Ledger:
         return tracked
 
     def _find_place(self, device: torch.device) -> None:
-        if device.type not in ("cpu", "meta") and self._allocated is not None:
-            self.place = device
+        if device.type in ("cpu", "meta") or self._allocated is None:
+            return
+        self.place = device
+        try:
             self.look()
+        except (NotImplementedError, RuntimeError):  # a device whose allocator tells nothing
+            self.place = self._allocated = None
 
     def track_leaves(self, tensors: Iterable[torch.Tensor | None]) -> None:
         """The same for many, most of which are known."""
