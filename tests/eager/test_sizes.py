@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -234,6 +236,59 @@ def test_ops(name: str, threads: int) -> None:
         if result.requires_grad:
             result.float().square().mean().backward()
     check(watch.rows)
+
+
+CONVOLUTION = torch.ops.aten.convolution.default
+CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+CHANNELS = (1, 2, 3, 4, 8, 10, 16, 24, 64, 128)
+LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def drawn(random: Random) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Convolutions of random shapes, and the gradients that are wanted of them."""
+    while True:
+        dims, transposed, groups = random.choice((1, 2, 2, 3)), random.random() < 0.45, random.choice((1, 1, 2, 4))
+        ins, outs = random.choice(CHANNELS), random.choice(CHANNELS)
+        sizes = [random.choice((4, 7, 12) if dims == 3 else (7, 16, 28, 56)) for _ in range(dims)]
+        groups = ins if random.random() < 0.1 else groups
+        stride, padding, dilation = ([random.choice(of)] * dims for of in ((1, 2, 3), (0, 1, 2, 3), (1, 1, 2)))
+        extra = [random.randrange(max(stride[0], dilation[0])) if transposed else 0] * dims
+        kernel = [random.choice((1, 2, 3, 4, 5, 7)) for _ in range(dims)]
+        shape = (random.choice((1, 1, 2, 4, 16)), ins, *sizes)
+        if ins % groups or outs % groups or math.prod(shape) > 1 << 16:
+            continue
+        dtype = random.choice((torch.float32, torch.float32, torch.bfloat16, torch.float64))
+        x = torch.zeros(shape, dtype=dtype)
+        weight = torch.zeros(*((ins, outs // groups) if transposed else (outs, ins // groups)), *kernel, dtype=dtype)
+        if dims > 1 and random.random() < 0.25:
+            x = x.contiguous(memory_format=LAYOUTS[x.dim()])
+        bias = random.choice((None, torch.zeros(outs, dtype=dtype)))
+        tail = (stride, padding, dilation, transposed, extra, groups)
+        try:
+            made = CONVOLUTION(x.to("meta"), weight.to("meta"), None, *tail).shape
+        except RuntimeError:  # nothing would come out
+            continue
+        if math.prod(made) > 1 << 16 or x.numel() * weight.numel() > 1 << 30:
+            continue
+        yield CONVOLUTION, (x, weight, bias, *tail)
+        mask = [random.random() < 0.7, True, bias is not None]
+        grad = torch.zeros(made, dtype=dtype)
+        yield CONVOLUTION_BACKWARD, (grad, x, weight, None if bias is None else [outs], *tail, mask)
+
+
+def test_convolutions_of_all_shapes() -> None:
+    """The bounds hold for convolutions of one to three dimensions, transposed, strided, dilated, in groups, for any
+    channels, types and layouts: whatever library PyTorch chooses for them."""
+    torch.set_num_threads(1)
+    low = []
+    for func, args in islice(drawn(Random(0)), 600):
+        told = sizes._guess(func, args, {})
+        with AllocatorWatch() as watch:
+            result = func(*args)
+        assert result is not None
+        if told.sure and watch.peak_nbytes > told.nbytes + SCALARS:
+            low.append((watch.peak_nbytes, told, func, [arg.shape if isinstance(arg, Tensor) else arg for arg in args]))
+    assert not low, "\n".join(map(str, low[:20]))
 
 
 def test_bounds_waste_little() -> None:

@@ -5,14 +5,18 @@ Source: the allocator's reports on torch 2.13 with oneDNN; where they depend on 
 little above what was seen. `tests/eager/test_sizes.py` runs each op below and holds the bound to the allocator.
 Regime: upper bounds, exact for ops that take nothing and for copies that a kernel makes of its arguments.
 Known gaps: an op that is not below is unknown, and `temporaries` says so with None. A bound for convolutions holds for
-whatever oneDNN chooses, and so is up to twice what it takes.
+whatever oneDNN chooses: up to twice what it takes for images and many channels, and many times that for those that are
+transposed, in groups, of three dimensions, or of few channels. It was fitted to random shapes on one kind of CPU, and
+does not hold while oneDNN is switched off.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import reduce
+from operator import ge
 from typing import Any
 
 import torch
@@ -26,6 +30,14 @@ _LOW = (torch.bfloat16, torch.float16)
 _TILE = 60 * 60  # elements; copies that transpose go through a tile of this size
 _CHANNELS = 16  # which oneDNN keeps together
 _SCRATCHPAD = 1 << 16  # bytes; what oneDNN takes for a matrix product whatever its size
+_ONEDNN_TYPES = tuple(
+    dtype
+    for dtype, supported in (
+        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+    )
+    if supported
+)
 
 NOTHING = frozenset(
     f"aten::{name}"
@@ -216,21 +228,125 @@ def _blocks(query: Tensor, key: Tensor) -> tuple[int, int]:
 
 def _convolution(tensors: Sequence[Tensor], args: Sequence[Any], results: int) -> int:
     x, weight = tensors[:2]
-    out = results // x.itemsize
-    if not args[6] and _unfolds(x, weight):
-        return _blocked(x) + results + _blocked_weight(weight) + _unfolded(x, weight, out // weight.shape[0])
-    channels = weight.shape[1] * args[8] if args[6] else weight.shape[0]
-    made = _round(channels) * (out // max(1, channels)) * _width(x)
-    read = _blocked(x) if x.shape[1] >= _CHANNELS else x.numel() * _width(x)
-    return read + (2 if args[6] else 1) * made + _blocked_weight(weight) + _SCRATCHPAD // 8
+    conv = _Conv(x, weight, results // x.itemsize, *args[3:9])
+    if not conv.by_onednn():
+        return conv.unfolded() + conv.copied(x, weight) + (results if conv.groups > 1 else 0)
+    made = _round(conv.made) * (results // x.itemsize // max(1, conv.made)) * _width(x)
+    whole = x.shape[1] >= _CHANNELS or not conv.plain()
+    read = _blocked(x) if whole else x.numel() * _width(x)
+    moved = read + (2 if conv.transposed else 1) * made + conv.blocked_weight()
+    return conv.by_library(moved, x, weight)
 
 
 def _convolution_backward(tensors: Sequence[Tensor], args: Sequence[Any], results: int) -> int:
     grad, x, weight = tensors[:3]
-    read = _blocked(x) if x.shape[1] >= _CHANNELS or args[10][0] else x.numel() * _width(x)
-    reordered = read + 2 * _blocked(grad) + _blocked_weight(weight)
-    unfolded = _unfolded(x, weight, grad.numel() // grad.shape[1]) if _unfolds(x, weight) else 0
-    return reordered + reordered // 8 + unfolded + _SCRATCHPAD // 8
+    conv = _Conv(x, weight, grad.numel(), *args[4:10])
+    if not conv.by_onednn():
+        return conv.unfolded() + conv.copied(grad, x, weight) + (results if conv.groups > 1 else 0)
+    wants_x, wants_weight, _ = args[10]
+    whole = x.shape[1] >= _CHANNELS or wants_x or not conv.plain()
+    read = _blocked(x) if whole else x.numel() * _width(x)
+    reordered = read + 2 * _blocked(grad) + conv.blocked_weight()
+    reordered += reordered // 8 + (read + _SCRATCHPAD if wants_x and max(conv.stride) > 1 else 0)
+    reordered += 0 if weight.is_contiguous() else conv.blocked_weight()
+    unasked = 0 if wants_weight else nbytes_of(weight)  # comes with the gradient of the bias
+    return unasked + conv.by_library(reordered, grad, x, weight)
+
+
+@dataclass(frozen=True, slots=True)
+class _Conv:
+    """A convolution of `out` elements, those of one dimension as ones of two."""
+
+    x: Tensor
+    weight: Tensor
+    out: int
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    transposed: bool
+    output_padding: Sequence[int]
+    groups: int
+
+    @property
+    def made(self) -> int:
+        """Channels that come out."""
+        return int(self.weight.shape[1]) * self.groups if self.transposed else int(self.weight.shape[0])
+
+    def by_onednn(self) -> bool:
+        """Whether PyTorch hands it to oneDNN, by its own rules."""
+        x, threads = self.x, torch.get_num_threads()
+        kernel = (*(1,) * (4 - x.dim()), *self.weight.shape[2:])
+        if self.transposed and any(map(ge, self.output_padding, self.stride)):
+            return False
+        if x.dtype is not torch.float32:
+            return x.dtype in _ONEDNN_TYPES
+        moves = any(step != 1 for step in (*self.stride, *self.dilation))
+        if not moves and x.shape[0] < 16 and kernel[-2:] == (1, 1) and threads == 1:
+            return False
+        large = math.prod(x.shape[:4]) > 20480 or x.shape[0] > 1 or min(kernel[-2:]) > 3
+        return self.groups > 1 or large
+
+    def by_library(self, moved: int, *tensors: Tensor) -> int:
+        """Bytes that oneDNN takes if it reorders `moved` bytes of these arguments and of results."""
+        if self.plain():
+            large = self.x.dtype in _LOW or self.x.dim() < 4
+            return moved + (_SCRATCHPAD if large else _SCRATCHPAD // 8)
+        widened = moved if self.x.dtype in _LOW else 0
+        return moved + widened + self.multiplied() + self.copied(*tensors) + _SCRATCHPAD
+
+    def plain(self) -> bool:
+        """Whether oneDNN has a kernel of its own for it, and need not multiply by a matrix that repeats each pixel for
+        each tap."""
+        if self.transposed or self.groups > 1 or self.x.dim() > 4 or not _same_layout((self.x, self.weight)):
+            return False
+        channels, taps = (self.weight.shape[1], self.made), math.prod(self.weight.shape[2:])
+        few = 1 in channels or (max(channels) < _CHANNELS and (self.x.dtype in _LOW or self.positions() < taps))
+        spread = max(self.dilation) > 1 and max(self.stride) > 1
+        extents = [step * (taps - 1) + 1 for step, taps in zip(self.dilation, self.weight.shape[2:], strict=False)]
+        inside = all(map(ge, self.x.shape[2:], extents)) or max(self.dilation) == 1
+        return not (few or spread) and inside and all(map(ge, extents, (2 * pad for pad in self.padding)))
+
+    def positions(self) -> int:
+        """Pixels of an image that comes out."""
+        return self.out // max(1, self.x.shape[0] * self.made)
+
+    def columns(self) -> int:
+        """Bytes of the matrix that repeats each pixel of an image for each tap, for the channels of one group."""
+        positions = math.prod(self.x.shape[2:]) if self.transposed else self.positions()
+        return math.prod(self.weight.shape[1:]) * positions * self.x.itemsize
+
+    def unfolded(self) -> int:
+        """Bytes of those matrices where PyTorch multiplies by them: most of its kernels make them for a whole batch."""
+        solid = self.x.dim() == 5
+        if solid and self.transposed:  # one image at a time, of a copy, with a one for each pixel that comes out
+            ones = self.positions() * self.x.itemsize
+            return self._product() * self.groups + nbytes_of(self.x) * min(2, self.groups) + ones
+        return self._product() * self.x.shape[0] * (self.groups if solid else 1)
+
+    def _product(self) -> int:
+        columns = self.columns()
+        return columns + (4 * columns + 2 * _SCRATCHPAD if self.x.dtype in _LOW else 0)
+
+    def multiplied(self) -> int:
+        """Bytes that oneDNN takes for the same, and for gradients of weights that threads add up."""
+        width = _width(self.x) // self.x.itemsize
+        return torch.get_num_threads() * (self.columns() * width + 3 * self.blocked_weight())
+
+    def copied(self, *tensors: Tensor) -> int:
+        """Bytes of copies of groups, and of what is strided or transposed."""
+        return sum(map(nbytes_of, tensors)) + self.x.itemsize * self.x.numel() // max(1, self.x.shape[1])
+
+    def blocked_weight(self) -> int:
+        """Bytes of the weight in oneDNN's layout, group by group."""
+        first, second = self.weight.shape[:2]
+        taps = math.prod(self.weight.shape[2:])
+        return taps * self.groups * _round(first // self.groups) * _round(second) * _width(self.weight)
+
+
+def _same_layout(tensors: Sequence[Tensor]) -> bool:
+    return all(tensor.is_contiguous() for tensor in tensors) or all(
+        tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors
+    )
 
 
 def _round(channels: int) -> int:
@@ -244,21 +360,6 @@ def _width(tensor: Tensor) -> int:
 def _blocked(tensor: Tensor) -> int:
     """Bytes in oneDNN's layout, which wants channels in sixteens."""
     return tensor.numel() // max(1, tensor.shape[1]) * _round(tensor.shape[1]) * _width(tensor)
-
-
-def _blocked_weight(tensor: Tensor) -> int:
-    first, second = tensor.shape[:2]
-    return math.prod(tensor.shape[2:]) * _round(first) * _round(second) * _width(tensor)
-
-
-def _unfolds(x: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch does without oneDNN, and multiplies by a matrix that repeats each pixel for each tap."""
-    small = x.shape[0] == 1 and x.numel() <= 20480 and max(weight.shape[2:], default=0) <= 3
-    return small or x.dtype not in (torch.float32, *_LOW)
-
-
-def _unfolded(x: Tensor, weight: Tensor, positions: int) -> int:
-    return math.prod(weight.shape[1:]) * positions * x.itemsize
 
 
 def _rnn(tensors: Sequence[Tensor], args: Sequence[Any], results: int) -> int:
