@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from rekindle.record.schema import traits_of
+from rekindle.record.torch_private import SHORT_FLOATS_BY_ONEDNN
 
 Tensor = torch.Tensor
 
@@ -30,14 +31,6 @@ _LOW = (torch.bfloat16, torch.float16)
 _TILE = 60 * 60  # elements; copies that transpose go through a tile of this size
 _CHANNELS = 16  # which oneDNN keeps together
 _SCRATCHPAD = 1 << 16  # bytes; what oneDNN takes for a matrix product whatever its size
-_ONEDNN_TYPES = tuple(
-    dtype
-    for dtype, supported in (
-        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported()),
-    )
-    if supported
-)
 
 NOTHING = frozenset(
     f"aten::{name}"
@@ -279,7 +272,7 @@ class _Conv:
         if self.transposed and any(map(ge, self.output_padding, self.stride)):
             return False
         if x.dtype is not torch.float32:
-            return x.dtype in _ONEDNN_TYPES
+            return x.dtype in SHORT_FLOATS_BY_ONEDNN
         moves = any(step != 1 for step in (*self.stride, *self.dilation))
         if not moves and x.shape[0] < 16 and kernel[-2:] == (1, 1) and threads == 1:
             return False

@@ -35,6 +35,7 @@ so that a new torch version which breaks one fails there first.
 * Bodies of overloads. Calling an overload is a Python call whose only line calls the dispatcher: one call too many for
   what is done at every op.
 * Streams. Asking for the current one makes an object, twenty times the cost of asking for its number.
+* oneDNN. Which short floats it convolves depends on the CPU, and decides what a convolution takes for itself.
 * Fused attention. Which kernel a CUDA device takes is decided by a device that may not be there.
 """
 
@@ -85,6 +86,12 @@ flash_attention: Callable[..., Any] = torch.ops.aten._scaled_dot_product_flash_a
 """The attention of CUDA devices for short floats without a mask. Its first result is the output."""
 efficient_attention: Callable[..., Any] = torch.ops.aten._scaled_dot_product_efficient_attention.default
 """The attention of CUDA devices for all else. Its first result is the output."""
+SHORT_FLOATS_BY_ONEDNN: frozenset[torch.dtype] = frozenset(
+    dtype
+    for dtype, name in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported"))
+    if hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)()
+)
+"""The short types that oneDNN convolves on this CPU; none where PyTorch was built without it."""
 FAKE_ERRORS = (
     fake_tensor.DataDependentOutputException,
     fake_tensor.DynamicOutputShapeException,
