@@ -393,24 +393,10 @@ def in_replay(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Tens
     """Have the replay of one op do something else to its result."""
     call = replay._call
 
-    class Changed:
-        def __init__(self, func: object) -> None:
-            self.func = func
-
-        def __call__(self, *args: object, **kwargs: object) -> object:
-            return change(self.func(*args, **kwargs))
-
-        def __str__(self) -> str:
-            return str(self.func)
-
     def spy(op, args, kwargs, run):
         if name not in str(op.func):
             return call(op, args, kwargs, run)
-        func, op.func = op.func, Changed(op.func)
-        try:
-            return call(op, args, kwargs, run)
-        finally:
-            op.func = func
+        return call(op, args, kwargs, lambda *details: change(run(*details)))
 
     monkeypatch.setattr(replay, "_call", spy)
 
