@@ -265,7 +265,8 @@ def test_gradients_are_there(share: float) -> None:
     plain(x).sum().backward()
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), model.parameters(), strict=True))
     assert peak <= session.memory_budget
-    assert peak == pytest.approx(plans[-1].forecast.peak, rel=0.02)
+    predicted = plans[-1].forecast.peak - kept_back(session.memory_budget)  # what is kept back stands in the rehearsal
+    assert peak == pytest.approx(predicted, rel=0.02)
     assert (session.stats.rehearsals, session.stats.departures, session.stats.sweeps) == (1, 0, 0)
     assert session.stats.ops_replayed > 0
 
