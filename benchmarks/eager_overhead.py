@@ -128,8 +128,7 @@ def main() -> None:
     text = report.table(HEADER, rows)
     print(text)
     if arguments.write:
-        assert __doc__ is not None
-        question = __doc__.partition("\n")[0] + "\n\n" + __doc__.rpartition("\n\n")[2].strip()
+        question = report.question(__doc__)
         report.write("eager_overhead", report.page("Overhead per op", question, text))
 
 

@@ -147,8 +147,7 @@ def main() -> None:
         del workload, measured
         torch.cuda.empty_cache()
         if arguments.write:
-            assert __doc__ is not None
-            question = __doc__.partition("\n")[0] + "\n\n" + __doc__.rpartition("\n\n")[2].strip()
+            question = report.question(__doc__)
             page = report.page("Memory and time on a GPU", question, "\n\n".join(sections), ["transformers"])
             report.write("gpu", page)
 

@@ -163,8 +163,7 @@ def main() -> None:
         sections.append(f"## {workload.name}\n\n{report.table(HEADER, [each.row(chosen[0]) for each in chosen])}")
         print(f"{sections[-1]}\n")
     if arguments.write:
-        assert __doc__ is not None
-        question = __doc__.partition("\n")[0] + "\n\n" + __doc__.rpartition("\n\n")[2].strip()
+        question = report.question(__doc__)
         report.write(arguments.page, report.page("Peak memory", question, "\n\n".join(sections), ["transformers"]))
 
 

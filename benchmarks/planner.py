@@ -209,8 +209,7 @@ def main() -> None:
         sections.append(f"## {subject.name}\n\n{sizes}\n\n{ways}\n\n{grid}")
         print(f"{sections[-1]}\n", flush=True)
     if arguments.write:
-        assert __doc__ is not None
-        question = __doc__.partition("\n")[0] + "\n\n" + __doc__.partition("--write]\n\n")[2].strip()
+        question = report.question(__doc__)
         report.write("planner", report.page("Plans for a budget", question, "\n\n".join(sections), ["transformers"]))
 
 

@@ -21,6 +21,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def question(doc: str | None) -> str:
+    """What a script asks, from its docstring: the first line, and all below the command."""
+    first, _, rest = (doc or "").partition("\n\n")
+    return f"{first}\n\n{rest.partition('--write]')[2].strip()}"
+
+
 def page(title: str, question: str, body: str, packages: Sequence[str] = ()) -> str:
     """A page of results that says what was asked, what was run, when and on what."""
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", *packages))

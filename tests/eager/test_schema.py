@@ -265,10 +265,10 @@ def test_opaque_by_tag(func):
 
 def test_strangers_are_opaque():
     """An op of a library that nobody knows is kept, not repeated."""
-    with torch.library._scoped_library("rekindle_test", "DEF") as library:
-        library.define("stranger(Tensor x) -> Tensor")
-        library.impl("stranger", lambda x: x * 2, "CompositeExplicitAutograd")
-        traits = traits_of(torch.ops.rekindle_test.stranger.default)
+    library = torch.library.Library("rekindle_test", "DEF")
+    library.define("stranger(Tensor x) -> Tensor")
+    library.impl("stranger", lambda x: x * 2, "CompositeExplicitAutograd")
+    traits = traits_of(torch.ops.rekindle_test.stranger.default)
     assert "rekindle_test" in traits.opaque
 
 

@@ -38,12 +38,13 @@ class Affine(nn.Module):
 @pytest.fixture
 def lying() -> Iterator[Callable[[Callable[[Tensor], Tensor]], None]]:
     """Overrides the kernel of `aten::atan` on the CPU until the test is over."""
-    with torch.library._scoped_library("aten", "IMPL") as library:
+    libraries = [torch.library.Library("aten", "IMPL")]
 
-        def override(kernel: Callable[[Tensor], Tensor]) -> None:
-            library.impl("atan", kernel, "CPU", allow_override=True)
+    def override(kernel: Callable[[Tensor], Tensor]) -> None:
+        libraries[0].impl("atan", kernel, "CPU", allow_override=True)
 
-        yield override
+    yield override
+    libraries.clear()  # the last reference, with which goes what it registered
 
 
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from brute import Frontier, best_of, best_within, frontier, plans, turns_to_try
 from paper import chain_step, steps, unhurried
 from rekindle import BudgetInfeasible
-from rekindle.graph import Graph, simulate, verify_plan
+from rekindle.graph import Call, Demand, Graph, Op, Value, simulate, verify_plan
 from rekindle.policy import Planner
 
 FULL = os.environ.get("REKINDLE_TESTS") == "full"
@@ -65,6 +65,25 @@ def test_every_plan_is_near_the_best(graph: Graph) -> None:
         assert timeline.peak <= budget
         assert best <= timeline.seconds <= min(before, STATED * best)
         before = timeline.seconds
+
+
+@pytest.mark.xfail(reason="what user code holds until it is asked for is held on until its last use", strict=True)
+def test_floor_of_what_is_asked_for_twice() -> None:
+    """A value that user code holds at first, and that is asked for before and after another op takes room, could go in
+    between: found by the search above, with a floor of two bytes where one is enough."""
+    values = tuple(
+        Value(number, int(number == 2), number, evictable=number == 2, dropped=end)
+        for number, end in enumerate((3, 2, 3, 5, 6, 6))
+    )
+    inputs = ((), (0,), (0,), (2,), (1, 3), (2, 4))
+    ops = tuple(
+        Op(number, "aten.op", read, (number,), 0, 1.0, backward=number > 2, temporaries=int(number == 4))
+        for number, read in enumerate(inputs)
+    )
+    demands = (Demand(2, 3, 4), Demand(1, 4, 5), Demand(2, 5, 6))
+    graph = Graph(ops, values, (Call(0, None, "", ()),), demands)
+    assert frontier(graph)[0][0] == 1
+    assert Planner(graph).floor() == 1
 
 
 @fuzzed
