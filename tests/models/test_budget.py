@@ -196,16 +196,12 @@ def test_full_model(make: Callable[[], peers.Workload], least: float) -> None:
     expected = workload.outcome(nullcontext())
     plain = workload.peak(nullcontext())
     for share in (least, 0.5, 0.75):
-        workload = make()
-        probe = rekindle.Session(memory_budget="64GiB")
-        workload.peak(probe)
-        assert probe.graph is not None
-        budget = probe.graph.standing + int(share * plain)
+        budget = workload.standing() + int(share * plain)
         session = rekindle.Session(memory_budget=budget)
         workload = make()
         assert [key for key, digest in workload.outcome(session).items() if digest != expected[key]] == []
         workload.peak(session)
-        peak = workload.peak(session) + probe.graph.standing
+        peak = workload.peak(session) + workload.standing()
         assert session.plan is not None
         assert session.plan.forecast is not None
         assert peak <= budget
