@@ -98,6 +98,10 @@ class Accelerator:
         """The most there ever were."""
         return self.told
 
+    def limit(self) -> int:
+        """The most that could be."""
+        return 1 << 40
+
     def session(self, **options: Any) -> rekindle.Session:
         """A session that does."""
         session = rekindle.Session(**options)

@@ -122,11 +122,7 @@ class Recorder(TorchDispatchMode):
         graph_task = current_graph_task()
         backward = graph_task != -1
         if backward and graph_task != self._graph_task:
-            self._graph_task = graph_task
-            self._settle()
-            when_backward_ends(self._backward_ended)
-            if not torch.is_grad_enabled():  # else what is computed now may be recomputed from what is there
-                self.ledger.loosen()
+            self.backward_begins(graph_task)
         if traits.reshapes:
             return self._reshape(func, args, kwargs)
         if self._has_streams:
@@ -139,6 +135,11 @@ class Recorder(TorchDispatchMode):
         if in_compiled_code():
             return self._pass(func, traits, args, kwargs, backward)  # kernels nobody sees write over what it makes
         return self._record(func, traits, args, kwargs, grad_mode, backward)
+
+    @property
+    def is_at_home(self) -> bool:
+        """Whether the stream is current on which values are recomputed, if there are streams."""
+        return self.home is None or not self.home.is_left()
 
     def _leave_home(self, args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool) -> str:
         """Why an op is never repeated that runs on another stream than the others; empty if it runs on theirs."""
@@ -754,6 +755,16 @@ class Recorder(TorchDispatchMode):
             else:
                 count_no_write(value, tensor)
         return result
+
+    def backward_begins(self, graph_task: int) -> None:
+        """Note that a backward pass is running, unless it is known."""
+        if graph_task == self._graph_task:
+            return
+        self._graph_task = graph_task
+        self._settle()
+        when_backward_ends(self._backward_ended)
+        if not torch.is_grad_enabled():  # else what is computed now may be recomputed from what is there
+            self.ledger.loosen()
 
     def _backward_ended(self) -> None:
         self._graph_task = -1

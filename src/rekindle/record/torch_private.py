@@ -125,11 +125,15 @@ class _Nobody:
     """What no tensor is."""
 
 
-def step_aside(mode: TorchDispatchMode, nodes: Collection[str]) -> None:
-    """Take `mode` away until the running autograd node ends, if its name is among `nodes`. Not if there are others:
-    plain PyTorch would run under these."""
+def step_aside(mode: TorchDispatchMode, nodes: Collection[str] | None) -> None:
+    """Take `mode` away until the running autograd node ends, if its name is among `nodes`; if these are None, if it is
+    one of PyTorch's own, generated from a formula: those are numbered, as custom functions are not. Not if there are
+    other modes: plain PyTorch would run under these."""
     node: Any = torch._C._current_autograd_node()
-    if node is None or node.name() not in nodes:
+    if node is None:
+        return
+    name = node.name()
+    if not (name[-1].isdigit() if nodes is None else name in nodes):
         return
     if torch._C._len_torch_dispatch_stack() == 1 and torch._C._get_dispatch_stack_at(0) is mode:
         torch._C._pop_torch_dispatch_stack(None)

@@ -26,6 +26,7 @@ from rekindle.record.torch_private import (
 if TYPE_CHECKING:
     from rekindle.record.recorder import Recorder
     from rekindle.record.seams import Checksums
+    from rekindle.runtime.aside import Aside
     from rekindle.runtime.follow import Follower
     from rekindle.runtime.replay import Replayer
 
@@ -73,6 +74,7 @@ class SavedTensors:
         that what is saved survives an in-place write."""
         self.checksums: Checksums | None = None
         self.follower: Follower | None = None  # of the step, if a plan says what to hold and let go of
+        self.aside: Aside | None = None  # says which backward passes run unseen; None if none do
         self._snapshot = snapshot
         self._recorder = recorder
         self._storages = recorder.ledger.storages
@@ -111,10 +113,13 @@ class SavedTensors:
             SavedTensorModified: an in-place operation changed it, which plain autograd refuses too.
             LeafModified, RecomputeError: it cannot be recomputed.
         """
-        step_aside(self._recorder, BRANCHING_NODES)  # the node runs as it does in plain PyTorch, unseen
-        self._replayer.asked()
         graph_task = current_graph_task()
         running = graph_task != -1  # else user code looks, at `grad_fn._saved_self` say, and no plan knows of that
+        if running:
+            if graph_task != self._graph_task:
+                self._backward_begins(graph_task)
+            self._step_aside()
+        self._replayer.asked()
         tape = self._recorder.tape if running else None
         if isinstance(packed, Saved):
             if tape is not None and (tracked := self._storages.get(packed.key)) is not None:
@@ -126,9 +131,6 @@ class SavedTensors:
         untouched = activation.untouched()
         if not untouched:
             self._refuse_changed(activation)
-        if graph_task not in (-1, self._graph_task):
-            self._graph_task = graph_task
-            when_backward_ends(self._replayer.release_retained)
         packed.graph_task = graph_task
         follower = self.follower if running else None
         turn = follower.asked(activation) if follower is not None else None
@@ -143,6 +145,21 @@ class SavedTensors:
         elif activation.retained and not activation.pending(graph_task):
             self._replayer.leave(activation)
         return tensor
+
+    def _backward_begins(self, graph_task: int) -> None:
+        self._graph_task = graph_task
+        when_backward_ends(self._replayer.release_retained)
+        if self.aside is None:
+            return
+        if torch.is_grad_enabled():  # what this pass makes may be recomputed in another
+            self.aside.stop()
+        elif self.aside.backward_begins(graph_task):
+            self._recorder.backward_begins(graph_task)
+
+    def _step_aside(self) -> None:
+        """Have the running node do without the recorder, if it would do otherwise with it or nobody has to watch."""
+        unseen = self.aside is not None and self.aside.active and self._recorder.is_at_home
+        step_aside(self._recorder, None if unseen else BRANCHING_NODES)
 
     def _refuse_changed(self, activation: Activation) -> None:
         """Refuse what plain autograd refuses."""

@@ -32,6 +32,7 @@ from rekindle.record.torch_private import (
 )
 from rekindle.runtime.ahead import Ahead
 from rekindle.runtime.arrival import Arrival
+from rekindle.runtime.aside import Aside
 from rekindle.runtime.checksums import Checksums
 from rekindle.runtime.decide import Decisions
 from rekindle.runtime.eviction import Eviction, EvictionPolicy, Evictor, Sweep
@@ -136,7 +137,8 @@ class Session:
         self._signature: Hashable = None
         self._graph: Graph | None = plan.graph if plan is not None else None
         self._asked = False  # user code marks or evicts by itself
-        self._may_rest = memory_budget is None and pressure is None and inplace == "strict" and not verify
+        self._is_plain = pressure is None and inplace == "strict" and not verify
+        self._may_rest = self._is_plain and memory_budget is None
         self._resting = self._waking = False
         me = weakref.ref(self)
 
@@ -165,7 +167,7 @@ class Session:
 
         ledger = self._ledger = Ledger(on_death, lambda device: AcceleratorReader(device).used())
         planned = self.memory_budget is not None and policy is None and plan is None
-        rests = planned and pressure is None and inplace == "strict" and not verify
+        rests = planned and self._is_plain
         self._rest = Rest(see) if rests else None
         watches = self._watches = self.memory_budget is not None or pressure is not None
         self.modules = ModuleStack(on_root if watches else None, on_call if rests else None)
@@ -184,6 +186,8 @@ class Session:
             lambda activation, call: self._decisions.saved(activation, call),
             inplace == "snapshot",
         )
+        self._aside = Aside(ledger, lambda: self._recorder.number, self._gradients, self._surely_fits)
+        self._saved_tensors.aside = self._aside
         if verify:
             checksums = Checksums()
             self._recorder.checksums = self._saved_tensors.checksums = self._replayer.checksums = checksums
@@ -212,6 +216,7 @@ class Session:
         self._room.measures = tape is not None
         self._room.watches = self._watches and (self.policy is not None or self._decisions.follower is None)
         self._room.unseen = 0
+        self._aside.begin(self._is_plain and tape is None and not self._room.watches)
         if self._rest is not None:
             self._rest.begin()
         self._check_standing()
@@ -244,6 +249,7 @@ class Session:
                 self._learn(tape)
         finally:
             self._recorder.cut()
+        self._end_watch(error is None)
         self._learner.ended(self._decisions.follower, self._highest())
         self._end_rest(tape is None and error is None)
         if tape is None and self._ahead is not None and self._ahead.wants_record(self._signature):
@@ -303,8 +309,13 @@ class Session:
 
     def _go_on_line(self) -> None:
         """Make room op by op: the step is not the planned one."""
-        self._room.watches = self._watches
+        self._watch()
         self._step.departures += 1
+
+    def _watch(self) -> None:
+        """Make room op by op from here on, if there is a budget, and see every op of the backward pass."""
+        self._room.watches = self._watches
+        self._aside.stop()
 
     def _learn(self, tape: Tape) -> None:
         graph = self._graph = tape.graph(self.modules.names())
@@ -321,14 +332,40 @@ class Session:
 
     def _highest(self) -> int:
         """The most bytes that were live in the step, what stood before it included. An accelerator's allocator tells
-        them where they are more than ever before; in other steps what was not counted then is taken to be there too."""
+        them where they are more than ever before; in other steps what was not counted then is taken to be there too.
+        Where not all was seen, it is what one like it needed."""
         ledger, told = self._ledger, self._peak_told()
         ledger.look()
         counted = max(ledger.most_standing_nbytes, ledger.standing_nbytes) + ledger.peak_nbytes
         if told <= self._told_before:
-            return counted + self._uncounted_nbytes
+            return self._aside.highest or counted + self._uncounted_nbytes
+        if self._aside.highest:
+            return told
         self._uncounted_nbytes = max(0, told - counted)
         return told
+
+    def _end_watch(self, calm: bool) -> None:
+        """Learn what a step needs that was seen as a whole, and went as it was meant to."""
+        step = self._step
+        if calm and not (step.sweeps or step.rescues or step.departures or step.rested):
+            self._aside.ended(self._highest)
+        self._aside.stop()
+
+    def _gradients(self) -> int:
+        """How many elements the gradients have of the modules that were called."""
+        parameters = [parameter for root in list(self.modules.roots) for parameter in members_of(root)[1]]
+        return sum(parameter.grad.numel() for parameter in parameters if parameter.grad is not None)
+
+    def _surely_fits(self, nbytes: int) -> bool:
+        """Whether a step that needs so many bytes will not run out of memory: an eighth more are there. On the CPU
+        nothing could be done about it."""
+        place = self._ledger.place
+        if place is None:
+            return True
+        try:
+            return nbytes + nbytes // 8 <= AcceleratorReader(place).limit()
+        except (NotImplementedError, RuntimeError):  # a device that does not tell
+            return False
 
     def _peak_told(self) -> int:
         """The most bytes that were ever allocated on the accelerator; nobody sets that back, for the user may look at
@@ -377,7 +414,7 @@ class Session:
         if modes_and_hooks() != ((), None) or not _may_switch():
             return
         self._resting = False
-        self._room.watches = self._watches
+        self._watch()
         self._look()
         self.modules.tighten(module, args)
 
@@ -436,7 +473,7 @@ class Session:
             follower = Follower((step,))
             follower.on_departure = self._go_on_line
             self._decide_with(Decisions(None, follower, self.snapshots, self._step))
-            self._room.watches = True
+            self._watch()
             self._step.departures = 0  # from plans for other arguments, by what ran before the call
 
     def _beside(self, arrival: Arrival) -> int:

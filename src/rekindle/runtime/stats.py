@@ -32,7 +32,8 @@ class Stats:
             them. What they did is not counted.
         rehearsals: steps that were planned before they ran, on fake tensors.
         peak_nbytes: most bytes that the ops of one step had allocated and not yet freed, above what was there when the
-            session was entered; of a step that rested, only those from before it did.
+            session was entered; of a step that rested, only those from before it did; of one whose backward pass was
+            not watched, those that one like it had.
     """
 
     steps: int = 0
