@@ -6,7 +6,7 @@ Peaks come from the allocator's events, with gradients allocated before. A budge
 buffers, the batch) and a share of what the plain step allocates beside, or what checkpoints per block do. CPU time is
 the median over rounds in which the ways take turns; `may take` is plain's, and for a plan 1.15 times the seconds of
 recomputation that it predicts and 20 microseconds for each recorded op. `same` says whether loss, gradients, buffers
-and random state equal the plain step bit for bit.
+and random state equal the plain step bit for bit, or that the budget was refused.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Measured:
     replayed: str = ""
     own_peak: str = ""
     planned: float | None = None
+    refused: str = ""
 
     @property
     def median(self) -> float:
@@ -74,6 +75,8 @@ class Measured:
 
     def row(self, plain: Measured) -> list[str]:
         """Its line of the table."""
+        if self.refused:
+            return [self.name, "", "", "", "", "", "", "", self.refused]
         return [
             self.name,
             f"{self.peak / 2**20:.1f}",
@@ -119,7 +122,11 @@ def measure(workload: peers.Workload, chosen: list[Measured], rounds: int) -> No
     """Fill in what each way takes."""
     expected = workload.outcome(chosen[0].way)
     for each in chosen:
-        actual = workload.outcome(each.way)  # for a session, the step in which it records
+        try:
+            actual = workload.outcome(each.way)  # for a session, the step in which it records
+        except rekindle.BudgetInfeasible:
+            each.refused = "refused: the budget is below the floor"
+            continue
         again = workload.outcome(each.way)  # and the first in which every policy acts
         each.differs = sorted(key for key in expected if expected[key] != actual[key] or expected[key] != again[key])
         each.peak = workload.peak(each.way)
@@ -129,8 +136,9 @@ def measure(workload: peers.Workload, chosen: list[Measured], rounds: int) -> No
             if plan is not None and plan.forecast is not None and plan.graph is not None:
                 each.planned = 1.15 * plan.forecast.seconds + 20e-6 * len(plan.graph.ops)
             each.replayed, each.own_peak = str(stats.ops_replayed), f"{stats.peak_nbytes / each.peak - 1:+.1%}"
+    running = [each for each in chosen if not each.refused]
     for _ in range(rounds):
-        for each in chosen:
+        for each in running:
             start = time.process_time()
             workload.step(each.way)
             each.seconds.append(time.process_time() - start)
