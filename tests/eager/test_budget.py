@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,6 +194,63 @@ def test_parameters_and_inputs_count() -> None:
         model(torch.ones(1, 512))
     assert "1.0 MiB parameters, gradients, buffers and inputs" in str(caught.value)
     assert "memory_budget is 1.0 MiB" in str(caught.value)
+
+
+@pytest.mark.parametrize("modules", [True, False], ids=["modules", "functions"])
+def test_inputs_of_other_steps_do_not_count(modules: bool) -> None:
+    """Batches that stay alive count in the step that touches them: a list of them does not fill the budget up."""
+    torch.manual_seed(0)
+    model = small_model(1)
+    batches = [small_batch(number, rows=256) for number in range(16)]
+    weights = [torch.randn(64, 64).div_(8).requires_grad_() for _ in range(4)]
+
+    def loss(x: Tensor) -> Tensor:
+        if modules:
+            return model(x).square().mean()
+        for weight in weights:
+            x = F.gelu(x @ weight)
+        return x.square().mean()
+
+    def step(x: Tensor, managed: Any) -> list[Tensor]:
+        random = torch.get_rng_state()
+        model.zero_grad()
+        for weight in weights:
+            weight.grad = None
+        with managed:
+            loss(x).backward()
+        if managed is not session:
+            torch.set_rng_state(random)
+        return [p.grad.clone() for p in (*model.parameters(), *weights) if p.grad is not None]
+
+    session = rekindle.Session(memory_budget=700 << 10)
+    leaves = set()
+    for number, x in enumerate(batches):
+        assert all(map(torch.equal, step(x, nullcontext()), step(x, session)))
+        if number > 1:
+            leaves.add(session._ledger.leaf_nbytes)
+            assert session.last_step.ops_replayed > 0
+    assert session.stats.departures == 0
+    assert len(leaves) == 1
+
+
+def test_inputs_of_a_pending_backward_pass_are_known() -> None:
+    """What an earlier step read, and may have to read again, is copied before a later step writes over it."""
+
+    def run(managed: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        model, x = small_model(2), small_batch(0, rows=256)
+        with managed:
+            early = model(x + 1).square().mean()
+        with managed:
+            x.data.mul_(2)
+            late = model(x).square().mean()
+            late.backward()
+            early.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    session = rekindle.Session(rekindle.KeepNone(), pressure=rekindle.Pressure(rekindle.FakeReader()))
+    assert all(map(torch.equal, run(nullcontext()), run(session)))
+    assert session.stats.ops_replayed > 0
 
 
 def test_without_a_profiler() -> None:

@@ -117,6 +117,7 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
         past: weakly, the values from before a cut that it holds still: ops to come must not read them, but a write
             destroys them too.
         recomputed: it holds a replayed copy, whose end is not an eviction.
+        stays: it belongs to a module: a parameter, a buffer, a gradient.
         value_id: the value it holds now on the tape, -1 if the step is not being taped.
     """
 
@@ -128,6 +129,7 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
     lent: weakref.ref[Activation] | None = None
     past: Sequence[weakref.ref[Activation]] = ()
     recomputed = False
+    stays = False
     value_id = -1
 
     @property
@@ -136,6 +138,11 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
         if self.owned is not None:
             return self.owned
         return self.lent() if self.lent is not None else None
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anything may yet be recomputed from what the storage holds."""
+        return self.activation is not None or any(reference() is not None for reference in self.past)
 
     def own(self, activation: Activation | None) -> None:
         """The storage holds this value now, and somebody else keeps its bytes alive."""
@@ -244,18 +251,32 @@ class Ledger:
         except (NotImplementedError, RuntimeError):  # a device whose allocator tells nothing
             self.place = self._allocated = None
 
-    def track_leaves(self, tensors: Iterable[torch.Tensor | None]) -> None:
-        """The same for many, most of which are known."""
+    def track_members(self, tensors: Iterable[torch.Tensor | None]) -> None:
+        """The same for many that belong to a module, most of which are known."""
         storages = self.storages
         for tensor in tensors:
             if tensor is None:
                 continue
             try:
-                known = tensor.untyped_storage()._cdata in storages
+                tracked = storages.get(tensor.untyped_storage()._cdata)
             except (NotImplementedError, RuntimeError):
                 continue
-            if not known:
-                self.track_leaf(tensor)
+            if tracked is None:
+                tracked = self.track_leaf(tensor)
+            if tracked is not None:
+                tracked.stays = True
+
+    def forget_visitors(self) -> int:
+        """Forget what was there before and belongs to no module, such as the inputs of a step that is over: another one
+        may never touch them. Returns their bytes."""
+        visitors = [t for t in self.storages.values() if t.leaf_nbytes and not t.stays and not t.is_wanted]
+        nbytes = 0
+        for tracked in visitors:
+            del self.storages[tracked.key]
+            nbytes += tracked.leaf_nbytes
+            tracked.leaf_nbytes = 0
+        self.leaf_nbytes -= nbytes
+        return nbytes
 
     def track(self, storage: torch.UntypedStorage, activation: Activation | None, nbytes: int) -> Tracked:
         """Begin to follow a storage; `nbytes` of it count as live."""

@@ -143,7 +143,7 @@ class _Stage:
 
     def _meet(self, module: torch.nn.Module) -> None:
         parameters = list(module.parameters())
-        self._ledger.track_leaves((*parameters, *module.buffers(), *(parameter.grad for parameter in parameters)))
+        self._ledger.track_members((*parameters, *module.buffers(), *(parameter.grad for parameter in parameters)))
 
 
 class _FakeSavedTensors(SavedTensors):

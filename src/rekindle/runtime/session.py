@@ -219,7 +219,8 @@ class Session:
         self._aside.begin(self._is_plain and tape is None and not self._room.watches)
         if self._rest is not None:
             self._rest.begin()
-        self._check_standing()
+        visitors = self._ledger.forget_visitors() if self._watches else 0
+        self._check_standing(0 if self.modules.roots else visitors)  # if modules are called, they bring theirs
         with ExitStack() as stack:
             self.modules.open()
             stack.callback(self.modules.close)
@@ -436,9 +437,9 @@ class Session:
         """Know the bytes of parameters, gradients and buffers before an op reads them. Returns those that are new."""
         before = self._ledger.leaf_nbytes
         _, parameters, buffers = members_of(module)
-        self._ledger.track_leaves(parameters)
-        self._ledger.track_leaves(buffers)
-        self._ledger.track_leaves([tensor.grad for tensor in (*parameters, *buffers)])
+        self._ledger.track_members(parameters)
+        self._ledger.track_members(buffers)
+        self._ledger.track_members([tensor.grad for tensor in (*parameters, *buffers)])
         return self._ledger.leaf_nbytes - before
 
     def _meet(self, module: torch.nn.Module) -> None:
@@ -446,7 +447,8 @@ class Session:
         new = self._see(module)
         arrival = arrival_of(module)
         if arrival is not None:
-            self._ledger.track_leaves(arrival.tensors)
+            for tensor in arrival.tensors:
+                self._ledger.track_leaf(tensor)
             if self._ahead is not None and self._signature is None and torch.is_grad_enabled() and _trains(module):
                 self._plan_ahead(self._ahead, arrival)
         self._check_standing()
@@ -484,12 +486,13 @@ class Session:
         tracked = {found.key: found for tensor in known if (found := self._ledger.track_leaf(tensor)) is not None}
         return self._ledger.total_nbytes - sum(found.nbytes + found.leaf_nbytes for found in tracked.values())
 
-    def _check_standing(self) -> None:
-        """Follow no plan if there is more from before the step than when it was made: gradients, say."""
+    def _check_standing(self, expected: int = 0) -> None:
+        """Follow no plan if there is more from before the step than when it was made: gradients, say. So many bytes are
+        `expected` that are not seen yet."""
         follower = self._decisions.follower
         if follower is not None and self.memory_budget is not None:
             self._ledger.look()
-            follower.check(self._ledger.total_nbytes)
+            follower.check(self._ledger.total_nbytes + expected)
 
     def _count_eviction(self, activation: Activation, nbytes: int) -> None:
         if any(True for _ in activation.live_handles()):
