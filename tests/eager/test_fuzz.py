@@ -28,12 +28,13 @@ from rekindle import FakeReader, Pressure, Session
 from rekindle.graph import Graph
 from watch import living, modes
 
+FULL = os.environ.get("REKINDLE_TESTS") == "full"
 pytestmark = [
+    pytest.mark.timeout(1800 if FULL else 300),
     pytest.mark.usefixtures("counting", "leaving_nothing"),
     pytest.mark.filterwarnings("ignore:PerModule"),  # of modules that ran no op
     pytest.mark.filterwarnings("ignore:Use of .* on expanded tensors"),
 ]
-FULL = os.environ.get("REKINDLE_TESTS") == "full"
 POLICIES: dict[str, Callable[[], Any]] = {
     "none given": lambda: None,
     "keep all": rekindle.KeepAll,
