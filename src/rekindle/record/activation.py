@@ -212,10 +212,12 @@ class Activation:
 
     def base(self) -> torch.Tensor | None:
         """A tensor on its live storage; None if the bytes are gone or were changed behind the recorder's back."""
-        base = self.held if self.held is not None else self.watched()
+        base, version = self.held, self.version
+        if base is None:
+            base = self.watched()
         if base is None:
             return self._rebuilt()
-        if self.version is not None and base._version != self.version:
+        if version is not None and base._version != version:
             return None
         return base if base.untyped_storage().nbytes() == self.nbytes else None
 
@@ -275,7 +277,11 @@ class Activation:
 
     def pending(self, graph_task: int) -> bool:
         """Whether autograd still has it saved, and has not asked for it in this backward pass."""
-        return any(True for handle in self.live_handles() if handle.graph_task != graph_task)
+        for reference in self.handles:  # a loop, not a generator: asked for each op that is repeated
+            handle = reference()
+            if handle is not None and handle.graph_task != graph_task:
+                return True
+        return False
 
     def live_handles(self) -> Iterator[Any]:
         """The handles that autograd has not freed."""
