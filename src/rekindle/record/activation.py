@@ -111,7 +111,7 @@ class Op:
         self.grad_mode = grad_mode
         self.home = home
         self.inputs: list[Activation] = []
-        self.outputs: list[weakref.ref[Activation] | None] = []
+        self.outputs: Sequence[weakref.ref[Activation] | None] = ()
         self.writes: tuple[tuple[Activation | None, weakref.ref[Activation] | None], ...] = ()
         self.random: tuple[torch.Generator, torch.Tensor] | None = None
         self.guards: tuple[Guard, ...] = ()

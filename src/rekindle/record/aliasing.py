@@ -29,8 +29,9 @@ def window_of(tensor: torch.Tensor) -> Window:
 
     Python's garbage collector walks all of its objects after so many new ones, and a model has few windows that differ.
     """
-    window: Window = (tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)
-    if tensor.is_neg() or tensor.is_conj():
+    dtype = tensor.dtype
+    window: Window = (tensor.shape, tensor.stride(), tensor.storage_offset(), dtype)
+    if tensor.is_neg() or (dtype.is_complex and tensor.is_conj()):
         window = (*window, tensor.is_conj(), tensor.is_neg())
     if len(_windows) >= _MOST_WINDOWS:
         _windows.clear()
@@ -157,9 +158,10 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
     def forget(self) -> None:
         """Make what the storage holds a leaf for the ops to come."""
         activation = self.activation
-        past = [activation, *(reference() for reference in self.past)]
-        self.past = [weakref.ref(a) for a in past if a is not None]
-        self.own(None)
+        self.owned = self.lent = None
+        if activation is not None or self.past:
+            past = [activation, *(reference() for reference in self.past)]
+            self.past = [weakref.ref(a) for a in past if a is not None]
 
     def end_past(self) -> list[Activation]:
         """The values from before a cut, which a write is about to destroy."""

@@ -250,13 +250,11 @@ class Recorder(TorchDispatchMode):
             for write in past:
                 self._displace(op, write)
         if isinstance(result, Tensor):
-            op.outputs.append(self._output(op, traits, opaque, result, call, made))
+            op.outputs = (self._output(op, traits, opaque, result, call, made),)
         elif result is not None:
-            aside = -1
-            for tensor in tensors_in(result):
-                if aside < 0:
-                    aside = tensor.numel() * tensor.itemsize // _SHARE_ASIDE
-                op.outputs.append(self._output(op, traits, opaque, tensor, call, made, aside))
+            results = list(tensors_in(result))
+            aside = results[0].numel() * results[0].itemsize // _SHARE_ASIDE if results else 0
+            op.outputs = [self._output(op, traits, opaque, tensor, call, made, aside) for tensor in results]
         if self._to_hold:
             self._hold_sources(made, written)
         if self.checksums is not None:
@@ -387,7 +385,7 @@ class Recorder(TorchDispatchMode):
         if activation.held is None and activation.storage is None:
             self.hold(activation, tensor)
             return
-        if known is not tensor and not tensor.is_inference() and (known is None or tensor._base is not known):
+        if known is not tensor and (known is None or tensor._base is not known) and not tensor.is_inference():
             op.guards = (*op.guards, Guard(activation, alias(tensor), tensor._version))  # it may count its writes apart
 
     def _target(
