@@ -145,7 +145,7 @@ class Activation:
         home: address of the storage of `weak`, which the user can move to another one (`tensor.data = other`).
     """
 
-    # Slots: on CPython, what each instance gets after the first 30 of a class are made costs a dictionary each.
+    # Slots: with defaults on the class, most instances came to have a dictionary, which the collector walks as well.
     __slots__ = (
         "__weakref__",
         "call",
