@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import rekindle
 from helpers import Layer, same_bits, small_batch, small_model
-from rekindle.record.aliasing import Tracked
+from rekindle.record import aliasing
+from rekindle.record.aliasing import Tracked, window_of
 from rekindle.record.tape import Tape
 from rekindle.runtime import replay
 from watch import living, living_tensors, modes
@@ -421,3 +422,33 @@ def test_what_user_code_holds_keeps_nothing_else(
     holding, session = make(), make()
     for _ in range(3):
         assert {a - b for a, b in zip(live(holding, True), live(session, False), strict=True)} <= {x.nbytes}
+
+
+def test_few_objects_an_op():
+    """What is recorded of an op is few objects for Python's garbage collector, which walks them all again and again."""
+    session = rekindle.Session(rekindle.KeepNone())
+    for _ in range(2):  # the first step is also written down as a graph
+        y = torch.randn(64, 64, requires_grad=True)
+        with session:
+            y = y.tanh()
+            gc.collect()
+            before = len(gc.get_objects())
+            for _ in range(100):
+                y = y.tanh()
+            made = len(gc.get_objects()) - before
+            y.sum().backward()
+    assert made <= 14 * 100
+
+
+def test_windows_are_shared_and_few(monkeypatch):
+    """Equal windows are one object; the table of them does not grow for ever, and what it forgets stays right."""
+    monkeypatch.setattr(aliasing, "_windows", {})
+    monkeypatch.setattr(aliasing, "_MOST_WINDOWS", 8)
+    first = window_of(torch.empty(3, 5))
+    assert window_of(torch.empty(3, 5)) is first
+    assert window_of(torch.empty(3, 5, dtype=torch.int32)) != first
+    assert window_of(torch.empty(3, 5, dtype=torch.cfloat).conj()) != window_of(torch.empty(3, 5, dtype=torch.cfloat))
+    for length in range(100):
+        window_of(torch.empty(length))
+        assert len(aliasing._windows) <= 8
+    assert window_of(torch.empty(3, 5)) == first

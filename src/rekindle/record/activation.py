@@ -83,21 +83,38 @@ class Op:
         home: the stream that its step began on, if there are streams.
     """
 
-    # Class attributes, not slots: most ops never change most of these.
-    writes: list[tuple[Activation | None, weakref.ref[Activation] | None]] = []
-    random: tuple[torch.Generator, torch.Tensor] | None = None
-    guards: tuple[Guard, ...] = ()
-    home: Home | None = None
+    __slots__ = (
+        "__weakref__",
+        "args",
+        "call",
+        "func",
+        "grad_mode",
+        "guards",
+        "home",
+        "inputs",
+        "kwargs",
+        "number",
+        "outputs",
+        "random",
+        "seconds",
+        "writes",
+    )
 
-    func: Any
     args: list[Any]
     kwargs: dict[str, Any]
-    inputs: list[Activation]
-    outputs: list[weakref.ref[Activation] | None]
-    call: ModuleCall
-    grad_mode: bool
-    number: int
     seconds: float
+
+    def __init__(self, func: Any, call: ModuleCall, number: int, grad_mode: bool, home: Home | None) -> None:
+        self.func = func
+        self.call = call
+        self.number = number
+        self.grad_mode = grad_mode
+        self.home = home
+        self.inputs: list[Activation] = []
+        self.outputs: Sequence[weakref.ref[Activation] | None] = ()
+        self.writes: tuple[tuple[Activation | None, weakref.ref[Activation] | None], ...] = ()
+        self.random: tuple[torch.Generator, torch.Tensor] | None = None
+        self.guards: tuple[Guard, ...] = ()
 
     def __repr__(self) -> str:
         return f"{self.func} in {self.call.describe()}"
@@ -128,32 +145,48 @@ class Activation:
         home: address of the storage of `weak`, which the user can move to another one (`tensor.data = other`).
     """
 
-    # Class attributes, not slots: most activations never change most of these, and one is made for every op.
-    is_checkpoint = False
-    is_marked = False
-    storage: torch.UntypedStorage | None = None
-    why_kept = ""
-    held: torch.Tensor | None = None
-    weak: weakref.ref[torch.Tensor] | None = None
-    version: int | None = None
-    readers: Sequence[weakref.ref[Op]] = ()
-    handles: Sequence[weakref.ref[Any]] = ()
-    overwritten = ""
-    retained = False
-    snapshot = False
-    key = 0
-    last_use = 0
-    home = 0
-    value_id = -1
-    position = -1
+    # Slots: with defaults on the class, most instances came to have a dictionary, which the collector walks as well.
+    __slots__ = (
+        "__weakref__",
+        "call",
+        "handles",
+        "held",
+        "home",
+        "is_checkpoint",
+        "is_marked",
+        "key",
+        "last_use",
+        "nbytes",
+        "op",
+        "overwritten",
+        "position",
+        "readers",
+        "retained",
+        "snapshot",
+        "storage",
+        "value_id",
+        "version",
+        "weak",
+        "why_kept",
+        "window",
+    )
 
     def __init__(self, op: Op | None, window: Window, nbytes: int, call: ModuleCall, why_kept: str = "") -> None:
         self.op = op
         self.window = window
         self.nbytes = nbytes
         self.call = call
-        if why_kept:
-            self.why_kept = why_kept
+        self.why_kept = why_kept
+        self.is_checkpoint = self.is_marked = self.retained = self.snapshot = False
+        self.storage: torch.UntypedStorage | None = None
+        self.held: torch.Tensor | None = None
+        self.weak: weakref.ref[torch.Tensor] | None = None
+        self.version: int | None = None
+        self.readers: Sequence[weakref.ref[Op]] = ()
+        self.handles: Sequence[weakref.ref[Any]] = ()
+        self.overwritten = ""
+        self.key = self.home = self.last_use = 0
+        self.value_id = self.position = -1
 
     def add_handle(self, handle: Any) -> None:
         """Note that autograd saved it."""
@@ -179,10 +212,12 @@ class Activation:
 
     def base(self) -> torch.Tensor | None:
         """A tensor on its live storage; None if the bytes are gone or were changed behind the recorder's back."""
-        base = self.held if self.held is not None else self.watched()
+        base, version = self.held, self.version
+        if base is None:
+            base = self.watched()
         if base is None:
             return self._rebuilt()
-        if self.version is not None and base._version != self.version:
+        if version is not None and base._version != version:
             return None
         return base if base.untyped_storage().nbytes() == self.nbytes else None
 
@@ -242,7 +277,11 @@ class Activation:
 
     def pending(self, graph_task: int) -> bool:
         """Whether autograd still has it saved, and has not asked for it in this backward pass."""
-        return any(True for handle in self.live_handles() if handle.graph_task != graph_task)
+        for reference in self.handles:  # a loop, not a generator: asked for each op that is repeated
+            handle = reference()
+            if handle is not None and handle.graph_task != graph_task:
+                return True
+        return False
 
     def live_handles(self) -> Iterator[Any]:
         """The handles that autograd has not freed."""

@@ -20,13 +20,22 @@ if TYPE_CHECKING:
 Window = tuple[Any, ...]
 """(size, stride, storage offset, dtype) and, for lazily conjugated or negated tensors only, (..., conj, neg)."""
 
+_MOST_WINDOWS = 1 << 14
+_windows: dict[Window, Window] = {}
+
 
 def window_of(tensor: torch.Tensor) -> Window:
-    """The window that `tensor` is onto its storage."""
-    window = (tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)
-    if tensor.is_neg() or tensor.is_conj():
-        return (*window, tensor.is_conj(), tensor.is_neg())
-    return window
+    """The window that `tensor` is onto its storage. Equal ones are one object, as long as there are not too many.
+
+    Python's garbage collector walks all of its objects after so many new ones, and a model has few windows that differ.
+    """
+    dtype = tensor.dtype
+    window: Window = (tensor.shape, tensor.stride(), tensor.storage_offset(), dtype)
+    if tensor.is_neg() or (dtype.is_complex and tensor.is_conj()):
+        window = (*window, tensor.is_conj(), tensor.is_neg())
+    if len(_windows) >= _MOST_WINDOWS:
+        _windows.clear()
+    return _windows.setdefault(window, window)
 
 
 def disjoint(one: Window, other: Window) -> bool:
@@ -121,16 +130,17 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
         value_id: the value it holds now on the tape, -1 if the step is not being taped.
     """
 
-    # Class attributes, not slots: most storages never change most of these.
+    __slots__ = ("key", "leaf_nbytes", "lent", "nbytes", "owned", "past", "recomputed", "stays", "value_id")
+
     key: int
     nbytes: int
     owned: Activation | None
-    leaf_nbytes = 0
-    lent: weakref.ref[Activation] | None = None
-    past: Sequence[weakref.ref[Activation]] = ()
-    recomputed = False
-    stays = False
-    value_id = -1
+    leaf_nbytes: int
+    lent: weakref.ref[Activation] | None
+    past: Sequence[weakref.ref[Activation]]
+    recomputed: bool
+    stays: bool
+    value_id: int
 
     @property
     def activation(self) -> Activation | None:
@@ -155,9 +165,10 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
     def forget(self) -> None:
         """Make what the storage holds a leaf for the ops to come."""
         activation = self.activation
-        past = [activation, *(reference() for reference in self.past)]
-        self.past = [weakref.ref(a) for a in past if a is not None]
-        self.own(None)
+        self.owned = self.lent = None
+        if activation is not None or self.past:
+            past = [activation, *(reference() for reference in self.past)]
+            self.past = [weakref.ref(a) for a in past if a is not None]
 
     def end_past(self) -> list[Activation]:
         """The values from before a cut, which a write is about to destroy."""
@@ -284,6 +295,11 @@ class Ledger:
         tracked.key = key = storage._cdata
         tracked.nbytes = nbytes
         tracked.owned = activation
+        tracked.lent = None
+        tracked.past = ()
+        tracked.leaf_nbytes = 0
+        tracked.recomputed = tracked.stays = False
+        tracked.value_id = -1
         self.storages[key] = tracked
         self.live_nbytes = live = self.live_nbytes + nbytes
         if live > self.peak_nbytes:

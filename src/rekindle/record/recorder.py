@@ -200,12 +200,8 @@ class Recorder(TorchDispatchMode):
         self.number = number = self.number + 1
         if number > self._next_cut and not self.saves:
             self.cut()
-        op = Op()
-        op.func, op.number, op.grad_mode = func, number, grad_mode
-        op.call = call = self.modules.current
-        if self.home is not None:
-            op.home = self.home
-        op.inputs, op.outputs = [], []
+        call = self.modules.current
+        op = Op(func, call, number, grad_mode, self.home)
         if self._to_hold:
             self._to_hold.clear()
         self._ask_reads = self.keeper.reads and not backward  # backward ops run outside of all modules
@@ -226,7 +222,6 @@ class Recorder(TorchDispatchMode):
         if traits.random:
             op.random = self._state(args, kwargs)
         if written:
-            op.writes = []
             uncounted = uncounted_target(traits, args, kwargs)
             past = [former for write in written for former in self._past(write.tensors)]
             for write in written:
@@ -256,13 +251,11 @@ class Recorder(TorchDispatchMode):
             for write in past:
                 self._displace(op, write)
         if isinstance(result, Tensor):
-            op.outputs.append(self._output(op, traits, opaque, result, call, made))
+            op.outputs = (self._output(op, traits, opaque, result, call, made),)
         elif result is not None:
-            aside = -1
-            for tensor in tensors_in(result):
-                if aside < 0:
-                    aside = tensor.numel() * tensor.itemsize // _SHARE_ASIDE
-                op.outputs.append(self._output(op, traits, opaque, tensor, call, made, aside))
+            results = list(tensors_in(result))
+            aside = results[0].numel() * results[0].itemsize // _SHARE_ASIDE if results else 0
+            op.outputs = [self._output(op, traits, opaque, tensor, call, made, aside) for tensor in results]
         if self._to_hold:
             self._hold_sources(made, written)
         if self.checksums is not None:
@@ -393,7 +386,7 @@ class Recorder(TorchDispatchMode):
         if activation.held is None and activation.storage is None:
             self.hold(activation, tensor)
             return
-        if known is not tensor and not tensor.is_inference() and (known is None or tensor._base is not known):
+        if known is not tensor and (known is None or tensor._base is not known) and not tensor.is_inference():
             op.guards = (*op.guards, Guard(activation, alias(tensor), tensor._version))  # it may count its writes apart
 
     def _target(
@@ -561,7 +554,7 @@ class Recorder(TorchDispatchMode):
         storage = tensor.untyped_storage()
         tracked = self._storages.get(write.key)
         if tracked is None or storage._cdata != write.key:  # set_() moved the tensor to another storage
-            op.writes.append((old, None))
+            op.writes = (*op.writes, (old, None))
             self._failed([write])
             if write.doomed and not self._snapshot:
                 old.overwritten = f"{op.func} in {op.call.describe()}"
@@ -575,7 +568,7 @@ class Recorder(TorchDispatchMode):
             new = Activation(op, window_of(source), old.nbytes, op.call)
             new.watch(source)
             new.is_checkpoint = self.keeper.makes and self.keeper.made(str(op.func), new)
-        op.writes.append((None if whole else old, weakref.ref(new) if new is not None else None))
+        op.writes = (*op.writes, (None if whole else old, weakref.ref(new) if new is not None else None))
         tracked.own(new)
         tracked.value_id = -1
         self._displace(op, write)
@@ -712,8 +705,7 @@ class Recorder(TorchDispatchMode):
         if lists:
             count_writes(lists)
         if written or past:
-            op = Op()
-            op.func, op.call, op.writes = func, self.modules.current, []
+            op = Op(func, self.modules.current, self.number, False, None)
             for write in written:
                 self._rewrite(op, "not recorded", write)
             for write in past:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +60,10 @@ class Sizes:
 
     @staticmethod
     def signature(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """What decides how much an op needs: the op and the geometry of its arguments."""
-        return (func, *_key(args), *_key(kwargs.values())) if kwargs else (func, *_key(args))
+        """What decides how much an op needs: the op, for which its traits stand since overloads hash in Python, and
+        the geometry of its arguments."""
+        traits = traits_of(func)
+        return (traits, *map(_key, args), *map(_key, kwargs.values())) if kwargs else (traits, *map(_key, args))
 
     def measured(self, signature: Any) -> Need | None:
         """What an op of this signature needed when it ran; None if that is not known."""
@@ -120,16 +122,14 @@ def _put(table: dict[Any, Need], signature: Any, need: Need) -> None:
     table[signature] = need
 
 
-def _key(args: Any) -> Iterator[Any]:
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            yield (arg.shape, arg.stride() if arg.layout is torch.strided else arg.layout, arg.dtype, arg.device)
-        elif isinstance(arg, (list, tuple)):
-            yield tuple(_key(arg))
-        elif isinstance(arg, float):
-            yield None  # a learning rate, a scale: sizes hardly depend on it, and it changes with every step
-        else:
-            yield arg if isinstance(arg, (int, str, bool, torch.dtype, torch.device)) else type(arg)
+def _key(arg: Any) -> Any:
+    if isinstance(arg, torch.Tensor):
+        return arg.shape, arg.stride() if arg.layout is torch.strided else arg.layout, arg.dtype, arg.device
+    if isinstance(arg, (list, tuple)):
+        return tuple(map(_key, arg))
+    if isinstance(arg, float):
+        return None  # a learning rate, a scale: sizes hardly depend on it, and it changes with every step
+    return arg if isinstance(arg, (int, str, bool, torch.dtype, torch.device)) else type(arg)
 
 
 def _by_data(func: Any, args: Sequence[Any]) -> bool:

@@ -6,7 +6,6 @@ import math
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -107,14 +106,16 @@ class Replayer:
         ops = replay.missing(target)
         self._let_go()
         with at_recorded_level(), without_dispatch_modes(), _at_home(ops):  # some convolutions put the modes back
-            mode = torch.is_grad_enabled()
+            before = mode = torch.is_grad_enabled()
             try:
                 for op in ops:
-                    torch.set_grad_enabled(op.grad_mode)
+                    if op.grad_mode is not mode:
+                        mode = op.grad_mode
+                        torch.set_grad_enabled(mode)
                     replay.repeat(op, target)
                     stats.ops_replayed += 1
             finally:
-                torch.set_grad_enabled(mode)
+                torch.set_grad_enabled(before)
         if replay.result is None:
             raise RecomputeError(f"{target.describe()} was not made when its op was repeated")
         return replay.result
@@ -166,36 +167,45 @@ class _Replay:
         self.result: Tensor | None = None
         self.bases: dict[int, Tensor] = {}
         self.made: set[int] = set()
-        self.uses: Counter[int] = Counter()
+        self.uses: dict[int, int] = {}
 
     def missing(self, target: Activation) -> list[Op]:
         """The ops to repeat, in order."""
         missing = missing_ops(target)
         if missing.lost is not None:
             raise self.replayer.lost(*missing.lost)
-        self.bases = missing.bases
-        self.uses.update(id(a) for op in missing.ops for a in op.inputs if id(a) not in self.bases)
+        bases, uses = missing.bases, self.uses
+        for op in missing.ops:
+            for source in op.inputs:
+                key = id(source)
+                if key not in bases:
+                    uses[key] = uses.get(key, 0) + 1
+        self.bases = bases
         return missing.ops
 
     def repeat(self, op: Op, target: Activation) -> None:
         """Run one op again, keep what is wanted of what it makes, let go of what was read for the last time."""
+        uses, made, turn = self.uses, self.made, self.turn
         for activation, base in self._run(op):
+            key = id(activation)
+            if uses.get(key):
+                self.bases[key] = base
+                made.add(key)
             if activation is target:
                 self.result = base
-            if self.uses[id(activation)]:
-                self.bases[id(activation)] = base
-                self.made.add(id(activation))
-            if self.turn is not None:
-                wanted = activation is target or activation.position in self.turn.retained
-            else:
-                wanted = activation is target or activation.pending(self.graph_task)
-            if wanted and self.graph_task != -1 and activation.base() is None:
+            elif turn is not None:
+                if activation.position not in turn.retained:
+                    continue
+            elif not activation.pending(self.graph_task):
+                continue
+            if self.graph_task != -1 and activation.base() is None:
                 self.replayer.retain(activation, base, op.number)
         for source in op.inputs:
-            if id(source) in self.made:
-                self.uses[id(source)] -= 1
-                if not self.uses[id(source)]:
-                    self.bases.pop(id(source), None)
+            key = id(source)
+            if key in made:
+                uses[key] -= 1
+                if not uses[key]:
+                    self.bases.pop(key, None)
 
     def _run(self, op: Op) -> list[tuple[Activation, Tensor]]:
         targets: dict[int, Tensor] = {}
@@ -207,7 +217,9 @@ class _Replay:
             if any(old is None for old, _ in op.writes):
                 self.replayer.room.make(_scratch_nbytes([*op.args, *op.kwargs.values()]), op.func, op.call)
         args = [_resolve(arg, sources, scratch) for arg in op.args]
-        kwargs = {name: _resolve(arg, sources, scratch) for name, arg in op.kwargs.items()}
+        kwargs = op.kwargs
+        if kwargs:
+            kwargs = {name: _resolve(arg, sources, scratch) for name, arg in kwargs.items()}
         for tensor in scratch.values():
             self.replayer.track(tensor, None)
         results = _flatten(_call(op, args, kwargs, self.replayer.room.run))

@@ -14,7 +14,7 @@ from rekindle.record.aliasing import Ledger
 from rekindle.record.cost import Cost
 from rekindle.record.modules import ModuleCall
 from rekindle.record.schema import traits_of
-from rekindle.record.sizes import Sizes
+from rekindle.record.sizes import Need, Sizes
 from rekindle.runtime.eviction import EvictionPolicy, Evictor
 from rekindle.runtime.pressure import Level, Pressure
 from rekindle.runtime.stats import Stats
@@ -83,13 +83,31 @@ class Room:
         Raises:
             BudgetInfeasible: even without everything that can go, the op does not fit.
         """
-        if not self.watches and not self.measures and traits_of(func).name not in self.hungry:
-            try:
-                return func(*args, **kwargs)
-            except torch.OutOfMemoryError as error:
-                return self.rescue(error, func, args, kwargs, random)
-        signature = self._sizes.signature(func, args, kwargs)
-        need = self._sizes.measured(signature)
+        traits = traits_of(func)
+        if self.watches or self.measures or traits.name in self.hungry:
+            signature = self._sizes.signature(func, args, kwargs)
+            need = self._sizes.measured(signature)
+            if self.watches or self.measures or need is None:
+                return self._run(signature, need, func, args, kwargs, call, random)
+            self._ledger.note(need.nbytes)
+            self.temporaries = need.temporaries
+        try:
+            return traits.call(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            return self.rescue(error, func, args, kwargs, random)
+
+    def _run(
+        self,
+        signature: Any,
+        need: Need | None,
+        func: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        call: ModuleCall,
+        random: tuple[torch.Generator, torch.Tensor] | None,
+    ) -> Any:
+        """The same for an op that memory is looked at for, or that has to be measured; `need` is what it needed before,
+        None if that is not known."""
         if self.watches or self.measures:
             self._ledger.look()
         if self.watches:
