@@ -495,9 +495,11 @@ class Session:
             follower.check(self._ledger.total_nbytes + expected)
 
     def _count_eviction(self, activation: Activation, nbytes: int) -> None:
-        if any(True for _ in activation.live_handles()):
-            self._step.evicted += 1
-            self._step.evicted_nbytes += nbytes
+        for reference in activation.handles:  # a loop, not a generator: asked for each storage that dies
+            if reference() is not None:
+                self._step.evicted += 1
+                self._step.evicted_nbytes += nbytes
+                return
 
     # -- what the user asks ------------------------------------------------------------------------------------------
 
