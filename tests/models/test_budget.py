@@ -26,6 +26,7 @@ from peak import peak_bytes
 from rekindle.graph import Graph, simulate
 from rekindle.policy import Planner
 from rekindle.policy.exact import exact
+from rekindle.runtime.rehearse import rehearse
 from rekindle.runtime.room import kept_back
 
 FULL = os.environ.get("REKINDLE_TESTS") == "full"
@@ -177,6 +178,19 @@ def test_blocks_are_planned_near_the_best() -> None:
     ratios.sort()
     assert ratios[-1][0] <= 1.15
     assert ratios[math.ceil(len(ratios) * 0.9) - 1][0] <= 1.05
+
+
+def test_crests_together_prove_more() -> None:
+    """Moments that are fuller than those around them, early in the backward pass, prove what neither of them does: at a
+    third of its need a small GPT is planned to the best, which without them is 6% above what is proven."""
+    entry = ENTRIES["gpt"]
+    graph = rehearse(fresh(entry), kwargs=entry.batch(0))
+    planner = Planner(graph)
+    for percent in (33, 35):
+        plan = planner.find(graph.standing + (planner.full - graph.standing) * percent // 100)
+        assert plan is not None
+        assert plan.forecast is not None
+        assert plan.forecast.gap <= 0.01
 
 
 # -- full models -------------------------------------------------------------------------------------------------------

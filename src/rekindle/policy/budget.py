@@ -5,13 +5,15 @@ budget, and the ops that are repeated take the fewest seconds.
 Source: the lower bound comes first: whatever the schedule, what is live at one moment and what is repeated after it
 are a cut (`policy.cuts`), and integer programming tells what is best held there (`policy.moments`). Where that is too
 much at another moment, that one is taken in: a cutting-plane method, in which each answer is also a plan to begin with.
+Moments that are fuller than their neighbours (crests) are looked at together too: early in the backward pass they prove
+much that neither does alone.
 If none comes near the bound, prices per byte within frames that break long recomputations (`policy.frames`), each tried
 on the simulator (`graph.timeline`); between two neighbouring prices layers go from one to the other, the last ones
 first. What is found is polished (`policy.polish`).
 Regime: thousands of ops take seconds. For tiny steps all budgets are planned for at once, so that a larger one never
 recomputes more; for others that is so as far as measured.
 Known gaps: local optima. The bound looks at three moments at most, and not at what is live while ops are replayed: it
-is loose near the floor.
+is loose near the floor. At the very floor plans are far from the bound, and only as good as one polish makes them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from rekindle._errors import BudgetInfeasible
-from rekindle.graph import Forecast, Graph, Plan, Simulator, Timeline, fullest, simulate
+from rekindle.graph import Forecast, Graph, Plan, Simulator, Timeline, fullest
 from rekindle.policy.cuts import Corner, Cuts
 from rekindle.policy.frames import Frame, Sites
 from rekindle.policy.moments import need_at
@@ -31,19 +33,22 @@ from rekindle.policy.refusal import refusal
 from rekindle.policy.schedule import FORWARD, Since, hold, schedule
 
 _CORNERS = 32  # prices tried in each frame
-_LOWERINGS = 4  # searches for a plan below the lowest one known; a large step has time for one
+_LOWERINGS = 16  # times that less is held in the lowest plan known, to have one below it
 _FEW = 100  # ops of the forward pass; for a step with no more of them, all budgets are planned for at once
 _FRONT = 1_200_000  # ops of the plans that are looked at for that
 _STARTS = 8  # budgets from whose plans on the others are looked for
 _POLISH = 100_000  # ops of the plans that are tried to polish one
 _TRIES = 20, 300  # at least and at most, whatever the size of the step
 _ONCE = 0.7  # of the forward pass; who repeats less needs no frames in which some ops are repeated twice
+_TIGHT = 1.2  # times the bound; who is so far from it needs a frame that fits even if it keeps no more than its cuts
 _DEEP = 6  # frames of which the lowest peak is looked for
 _HALVINGS = 8  # of the way from one price to the next
 _NEAR, _DONE = 1.005, 1.02  # times the bound: near enough, and near enough if nothing better is at hand
 _PROMISING = 1  # plans that keep what is best kept at one moment, and are polished
 _MORE = ((600, 1.005), (350, 1.11))  # at most so many forward ops, and so far from the bound, for another moment
-_MOMENTS = 4  # for which the lower bound is computed
+_MOMENTS = 4  # of the fullest for which the lower bound is computed
+_CRESTS = 8  # moments fuller than their neighbours for which it is
+_TOGETHER = 3, 350, 1.03  # crests that are looked at together, for at most so many forward ops, so far from the bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +80,13 @@ class _Limit:
         bound: seconds that are repeated at least.
         moments: numbers of the ops during which that is so.
         since: from when on the best holds values that obeys at these moments; None if none was found.
+        crests: numbers of the ops, fuller than those around them, that need most repeated each by itself.
     """
 
     bound: float
     moments: tuple[int, ...]
     since: Since | None
+    crests: tuple[int, ...] = ()
 
 
 class Planner:
@@ -100,7 +107,7 @@ class Planner:
         self._all_frames = [*self._frames, *self._deep_frames]
         self._corners: dict[tuple[int, ...], list[Corner]] = {}
         keep_all = Plan(frozenset(self._wanted) - self._barred)
-        self._everything = _Candidate(keep_all, simulate(graph, keep_all))
+        self._everything = self._played(keep_all)
         self._all = frozenset(v.number for v in graph.values if v.evictable)
         self._polisher = Polisher(self.simulator, self._must, self._barred)
         self._small = len(graph.forward) <= _FEW
@@ -170,15 +177,29 @@ class Planner:
     @cached_property
     def _low(self) -> _Candidate:
         """A plan with a low peak: what frames need at least, and then what is found below that."""
-        frames = sorted(self._all_frames, key=lambda frame: self._least(frame, None).timeline.peak)
+        frames = sorted(self._all_frames, key=lambda frame: self._needs[frame])
         tried = [self._least(frame, holds) for frame in frames[:_DEEP] for holds in (self._all, None)]
         lowest = min((self._everything, *tried), key=lambda candidate: candidate.timeline.peak)
-        for _ in range(_LOWERINGS if self._small else 1):
-            found = self._find(lowest.timeline.peak - 1)
+        for _ in range(_LOWERINGS):
+            found = self._below(lowest.plan, lowest.timeline.peak - 1)
             if found is None:
                 break
             lowest = found
-        return lowest
+        return self._polished(lowest, lowest.timeline.peak) or lowest
+
+    def _below(self, lowest: Plan, budget: int) -> _Candidate | None:
+        """A plan within a budget, by holding less in the lowest one known, or in what holds all or what is best held at
+        the fullest moment."""
+        draft = self._polisher.polish(lowest, budget, 0) or self._polisher.polish(self._everything.plan, budget, 0)
+        since = None if draft is not None else self._limit(budget).since
+        if since is not None:
+            draft = self._polisher.polish(hold(self.simulator, since)[0], budget, 0)
+        return None if draft is None else _Candidate(draft.plan, draft.timeline)
+
+    @cached_property
+    def _needs(self) -> dict[Frame, int]:
+        """For each frame, the peak of the plan that keeps what crosses its cuts only."""
+        return {frame: self._least(frame, None).timeline.peak for frame in self._all_frames}
 
     def bound(self, budget: int) -> float:
         """Seconds of recomputation that no plan within the budget does without."""
@@ -192,23 +213,33 @@ class Planner:
 
     def _at_the_fullest(self, budget: int) -> _Limit:
         live = self._everything.timeline.live
-        highest = sorted(range(len(live)), key=lambda number: -live[number])
-        moments = sorted({*highest[:1], *highest[1 : 4 * _MOMENTS : 4]})
-        found = [self._at_moment(number, budget) for number in moments]
-        limit = _Limit(max(found, default=0.0), (), None)
+        crests, moments = self._fullest
+        found = {number: self._at_moment(number, budget) for number in moments if live[number] > budget}
+        needy = sorted((number for number in crests if found.get(number)), key=lambda number: -found[number])
+        limit = _Limit(max(found.values(), default=0.0), (), None, tuple(needy[: _TOGETHER[0]]))
         if not limit.bound:
             return limit
-        return self._also_at(moments[found.index(limit.bound)], limit, budget)
+        return self._at((max(found, key=found.__getitem__),), limit, budget)
 
-    def _also_at(self, number: int, limit: _Limit, budget: int) -> _Limit:
-        """The limit with one more moment."""
-        moments = (*limit.moments, number)
+    @cached_property
+    def _fullest(self) -> tuple[list[int], list[int]]:
+        """The moments with most live when all is kept: those fuller than their neighbours, and all that are looked
+        at, in their order."""
+        live = self._everything.timeline.live
+        highest = sorted(range(len(live)), key=lambda number: -live[number])
+        around = [0, *live, 0]
+        crests = [number for number in highest if around[number] < live[number] >= around[number + 2]][:_CRESTS]
+        return crests, sorted({*highest[:1], *highest[1 : 4 * _MOMENTS : 4], *crests})
+
+    def _at(self, moments: tuple[int, ...], limit: _Limit, budget: int) -> _Limit:
+        """The limit with what the step needs at some moments together."""
         need = need_at(self.simulator, moments, budget, self._bare, self._barred)
         bound = max(limit.bound, need.bound)
         if need.since is None:
-            return _Limit(bound, moments, None)
+            return replace(limit, bound=bound, moments=moments, since=None)
         since = {**need.since, **dict.fromkeys(self._there_anyway(min(moments)) | self._must, FORWARD)}
-        return _Limit(bound, moments, {value: start for value, start in since.items() if value not in self._barred})
+        since = {value: start for value, start in since.items() if value not in self._barred}
+        return replace(limit, bound=bound, moments=moments, since=since)
 
     def _there_anyway(self, number: int) -> set[int]:
         """What is asked for by when an op runs, or is held then by others, so that keeping it takes no bytes there."""
@@ -224,14 +255,20 @@ class Planner:
         known = self._from_moments(budget)
         if known is not None and known.timeline.seconds <= _DONE * self._limit(budget).bound:
             return known
+        if known is None and budget < self._low.timeline.peak:
+            return None
+        tight = known is None or known.timeline.seconds > _TIGHT * self._limit(budget).bound
         best: _Candidate | None = None
         for frame in self._frames:
-            best = self._search(frame, budget, best)
+            if not tight or self._needs[frame] <= budget:
+                best = self._search(frame, budget, best)
         deep: _Candidate | None = None
         if best is None or best.timeline.seconds > _ONCE * sum(op.seconds for op in self.graph.forward):
             for frame in self._deep_frames:
-                deep = _better(self._try(frame, frozenset(), budget), deep)
-        for start in (best, deep, self._everything):
+                if not tight or self._needs[frame] <= budget:
+                    deep = _better(self._try(frame, frozenset(), budget), deep)
+        low = self._low if known is None else None
+        for start in (best, deep, self._everything, low):
             known = _better(start and self._polished(start, budget), known)
         return known
 
@@ -244,14 +281,24 @@ class Planner:
                 break
             if best is not None and best.timeline.seconds <= gap * limit.bound:
                 break
-            timeline = simulate(self.graph, hold(self.simulator, limit.since)[0])
+            timeline = self._played(hold(self.simulator, limit.since)[0]).timeline
             if timeline.peak <= budget or timeline.peak_at in limit.moments:
                 break
-            self._limits[budget] = limit = self._also_at(timeline.peak_at, limit, budget)
-            if limit.since is not None:
-                plan, _ = hold(self.simulator, limit.since)
-                best = _better(self._polished(_Candidate(plan, simulate(self.graph, plan)), budget), best)
-        return best
+            best = self._look_at((*limit.moments, timeline.peak_at), budget, best)
+        limit, (_, most, gap) = self._limit(budget), _TOGETHER
+        if len(limit.crests) == 1 or len(self.graph.forward) > most or self._small:
+            return best
+        if best is not None and best.timeline.seconds <= gap * limit.bound:
+            return best
+        return self._look_at(limit.crests, budget, best)
+
+    def _look_at(self, moments: tuple[int, ...], budget: int, best: _Candidate | None) -> _Candidate | None:
+        """The best plan, also of what is best held at some moments together, which then are what limits the budget."""
+        self._limits[budget] = limit = self._at(moments, self._limit(budget), budget)
+        if limit.since is None:
+            return best
+        plan, _ = hold(self.simulator, limit.since)
+        return _better(self._polished(self._played(plan), budget), best)
 
     def _in_frames(self, budget: int) -> _Candidate | None:
         """The best plan that keeps what is best kept at the fullest moment."""
@@ -263,7 +310,7 @@ class Planner:
         for frame in self._frames:
             for holds in (self._all, None):
                 plan = schedule(self.simulator, self._sites, frame, kept | self._held(frame), holds)
-                found = _Candidate(plan, simulate(self.graph, plan))
+                found = self._played(plan)
                 if found.timeline.peak <= budget and found.timeline.seconds <= _NEAR * limit.bound:
                     return found
                 tried.append(found)
@@ -272,6 +319,11 @@ class Planner:
         for start in tried[:_PROMISING]:
             best = _better(self._polished(start, budget), best)
         return best
+
+    def _played(self, plan: Plan) -> _Candidate:
+        timeline = self.simulator.run(plan)
+        assert timeline is not None  # there is no limit
+        return _Candidate(plan, timeline)
 
     def _polished(self, start: _Candidate, budget: int) -> _Candidate | None:
         least, most = _TRIES
@@ -333,7 +385,7 @@ class Planner:
 
     def _least(self, frame: Frame, holds: Container[int] | None) -> _Candidate:
         plan = schedule(self.simulator, self._sites, frame, self._held(frame), holds)
-        return _Candidate(plan, simulate(self.graph, plan))
+        return self._played(plan)
 
     def _held(self, frame: Frame) -> frozenset[int]:
         crossing = frozenset[int]().union(*(self._sites.crossing[cut] for cut in frame.held[-1]))

@@ -30,6 +30,7 @@ _LITTLE = 1e-4  # of the seconds; a move that saves less is not worth a try
 _WORTH = 0.98  # of what is saved may be spent on making room for it
 _BETTER = 1 - 1e-9
 _PATIENCE = 32  # times the ops of the forward pass: plans whose neighbours bring nothing, one after the other
+_MISSES = 200  # moves one after the other for which no room is found; the others save even less per byte
 _RELIEFS = 16  # rounds in which room is made for what is over the budget
 
 
@@ -170,7 +171,9 @@ class _Packing:
         spans = np.array([move.spans[0] for move in self._later], np.int64).reshape(-1, 3)
         self._starts, self._stops, self._nbytes = spans[:, 0], spans[:, 1], spans[:, 2]
         self._costs = np.array([move.seconds for move in self._later])
-        self._values = np.array([move.changes[0][0] for move in self._later], np.int64)
+        self._at: dict[int, list[int]] = {}  # for each value, the moves that hold it later
+        for index, move in enumerate(self._later):
+            self._at.setdefault(move.changes[0][0], []).append(index)
         self._untouched = np.ones(len(self._later), bool)
 
     def trades(self, failed: Collection[tuple[tuple[int, int], ...]]) -> list[list[Move]]:
@@ -179,15 +182,19 @@ class _Packing:
         earlier.sort(key=lambda move: -move.seconds / (1 + sum(nbytes for _, _, nbytes in move.spans)))
         trades: list[tuple[float, list[Move]]] = []
         touched: set[int] = set()
+        misses = 0
         for move in earlier:
             values = {value for value, _ in move.changes}
             if touched & values:
                 continue
             made = self._make_room(move)
+            misses = 0 if made is not None else misses + 1
+            if misses > _MISSES:
+                break
             if made is None:
                 continue
             touched |= values | {value for other in made for value, _ in other.changes}
-            self._untouched &= ~np.isin(self._values, list(values))
+            self._untouched[self._of(values)] = False
             trades.append((sum(other.seconds for other in made) - move.seconds, [move, *made]))
         return [trade for _, trade in sorted(trades, key=lambda each: each[0])]
 
@@ -200,19 +207,22 @@ class _Packing:
         room = self._room.copy()
         for start, stop, nbytes in move.spans:
             room[start:stop] -= nbytes
-        own = np.isin(self._values, [value for value, _ in move.changes]) & self._untouched
-        self._untouched &= ~own
+        own = [index for index in self._of(value for value, _ in move.changes) if self._untouched[index]]
+        self._untouched[own] = False
         made = self._cover(room, _WORTH * move.seconds)
-        self._untouched |= own
+        self._untouched[own] = True
         if made is not None:
             self._room = room
         return made
 
+    def _of(self, values: Iterable[int]) -> list[int]:
+        """The moves that hold some values later."""
+        return [index for value in values for index in self._at.get(value, ())]
+
     def _cover(self, room: NDArray[np.int64], seconds: float) -> list[Move] | None:
         """The moves that cost least per byte where too much is live, until nothing is; None if they cost more."""
         made: list[int] = []
-        while (lacking := -int(room.min())) > 0:
-            moment = int(room.argmin())
+        while (lacking := -int(room[moment := int(room.argmin())])) > 0:
             fit = np.flatnonzero(self._untouched & (self._starts <= moment) & (moment < self._stops))
             if len(fit):
                 chosen = int(fit[np.argmin(self._costs[fit] / np.minimum(self._nbytes[fit], lacking))])
