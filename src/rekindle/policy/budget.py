@@ -286,7 +286,7 @@ class Planner:
                 break
             best = self._look_at((*limit.moments, timeline.peak_at), budget, best)
         limit, (_, most, gap) = self._limit(budget), _TOGETHER
-        if len(limit.crests) == 1 or len(self.graph.forward) > most or self._small:
+        if len(limit.crests) < 2 or len(self.graph.forward) > most or self._small:
             return best
         if best is not None and best.timeline.seconds <= gap * limit.bound:
             return best
