@@ -57,6 +57,17 @@ BLOCKS: dict[str, Callable[[], Graph]] = {
 # -- it fits -----------------------------------------------------------------------------------------------------------
 
 
+def test_ops_that_take_no_time() -> None:
+    """Steps of which nothing can be said to be slow are planned like others, also beyond the smallest."""
+    graph = chain_step(130, seconds=0.0)
+    planner = Planner(graph)
+    for budget in grid(planner, 4):
+        plan = planner.plan(budget)
+        assert simulate(graph, plan).peak <= budget
+        assert plan.forecast is not None
+        assert plan.forecast.seconds == plan.forecast.bound == 0
+
+
 @settings(unhurried, max_examples=30)
 @given(steps().map(timed), st.floats(0, 1))
 def test_fits(graph: Graph, share: float) -> None:
