@@ -67,10 +67,9 @@ def test_every_plan_is_near_the_best(graph: Graph) -> None:
         before = timeline.seconds
 
 
-@pytest.mark.xfail(reason="what user code holds until it is asked for is held on until its last use", strict=True)
 def test_floor_of_what_is_asked_for_twice() -> None:
-    """A value that user code holds at first, and that is asked for before and after another op takes room, could go in
-    between: found by the search above, with a floor of two bytes where one is enough."""
+    """A value that is asked for before and after another op takes room goes in between: found by the search above, with
+    a floor of two bytes where one is enough."""
     values = tuple(
         Value(number, int(number == 2), number, evictable=number == 2, dropped=end)
         for number, end in enumerate((3, 2, 3, 5, 6, 6))

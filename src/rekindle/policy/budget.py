@@ -30,7 +30,7 @@ from rekindle.policy.frames import Frame, Sites
 from rekindle.policy.moments import need_at
 from rekindle.policy.polish import Polisher
 from rekindle.policy.refusal import refusal
-from rekindle.policy.schedule import FORWARD, Since, hold, schedule
+from rekindle.policy.schedule import FORWARD, Since, held_once_asked_for, hold, schedule
 
 _CORNERS = 32  # prices tried in each frame
 _LOWERINGS = 16  # times that less is held in the lowest plan known, to have one below it
@@ -238,6 +238,7 @@ class Planner:
         if need.since is None:
             return replace(limit, bound=bound, moments=moments, since=None)
         since = {**need.since, **dict.fromkeys(self._there_anyway(min(moments)) | self._must, FORWARD)}
+        since = held_once_asked_for(self.graph, since)
         since = {value: start for value, start in since.items() if value not in self._barred}
         return replace(limit, bound=bound, moments=moments, since=since)
 

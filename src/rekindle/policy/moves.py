@@ -85,6 +85,8 @@ class Moves:
             index = bisect_right(uses, start)
             if index == len(uses) or (start == FORWARD and value in self._must):
                 continue
+            if start != FORWARD and self._graph.demands[start].value == value:
+                continue  # it is made anyway, and usually asked for again soon
             span = self._span(value, start, uses[index])
             if span[2]:
                 then = uses[index] if index + 1 < len(uses) else NEVER

@@ -91,7 +91,7 @@ class Outlooks:
             for value in replay.reads:
                 last[value] = position
             if replay.ops:
-                made = replay.makes & (wanted | self._bit[target]) & ~there
+                made = replay.makes & wanted & ~there
                 ours |= made
                 taken.append((position, replay, made))
         return self._weigh(kept, last, taken)
@@ -111,7 +111,11 @@ class Outlooks:
             replays[position] = replay.ops
             seconds += replay.seconds
             target, slot = self._target[position], slots[position]
-            held = tuple(value for value in _members(made) if value == target or last.get(value, -1) > position)
+            held = tuple(
+                value
+                for value in _members(made | self._bit[target])
+                if value == target or last.get(value, -1) > position
+            )
             beside = replay.there & replay.makes & ~self._user_has[position]
             gone = tuple(value for value in _members(beside) if last.get(value, -1) < position)
             if (held, gone) not in replay.rises:
@@ -120,7 +124,9 @@ class Outlooks:
             extra[slot] = replay.rises[held, gone]
             for value in held:
                 changes[slot + 1] += nbytes[value]
-                changes[self._stop(value, last[value], position)] -= nbytes[value]
+                passes = not made & self._bit[value]
+                stop = self._passed_on(position) if passes else self._stop(value, last[value], position)
+                changes[stop] -= nbytes[value]
         return Outlook(max(map(add, accumulate(changes), extra), default=0), seconds, tuple(replays))
 
     def _stop(self, value: int, last: int, start: int) -> int:
@@ -130,6 +136,11 @@ class Outlooks:
             if position >= start:
                 stop = max(stop, until)
         return stop
+
+    def _passed_on(self, position: int) -> int:
+        """The slot in which the storage is gone that is made for a demand alone."""
+        in_hand = dict(self._in_hand.get(self._target[position], ()))
+        return max(self._slots[position] + 1, in_hand.get(position, 0))
 
     def _replay(self, position: int, there: int) -> _Replay:
         """What is replayed for a demand if that is there."""

@@ -48,7 +48,7 @@ class Polisher:
 
     def polish(self, plan: Plan, budget: int, tries: int) -> Draft | None:
         """A plan that fits the budget and recomputes no more than `plan`, if that fits; None if none is found."""
-        best = self._relieved(self._draft(since_of(plan)), budget)
+        best = self._relieved(self._draft(since_of(self._simulator.graph, plan)), budget)
         if best is None:
             return None
         failed: set[tuple[tuple[int, int], ...]] = set()
@@ -99,7 +99,7 @@ class Polisher:
                 patience = most
 
         for plan in plans:
-            add(since_of(plan))
+            add(since_of(self._simulator.graph, plan))
         while waiting and patience and tries > 0:
             patience -= 1
             _, _, since, outlook = heappop(waiting)

@@ -4,7 +4,8 @@ Problem: what is kept, and what is held of a replay for later, does not say yet 
 Source: a first pass over the step finds out what is replayed and when everything is used for the last time; then it
 goes. What is held is said by a frame, leaf by leaf (`schedule`), or for each value by itself (`hold`).
 Regime: linear in what is replayed.
-Known gaps: a value is held from one replay on without a gap; it never goes to be replayed once more.
+Known gaps: a value is held from one demand on without a gap. Before that it may be made for as many demands as ask for
+it, and goes each time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Container, Iterable, Mapping
 from typing import TypeAlias
 
-from rekindle.graph import Plan, Turn
+from rekindle.graph import Graph, Plan, Turn
 from rekindle.graph.timeline import Simulator
 from rekindle.policy.frames import Frame, Sites
 
@@ -21,7 +22,8 @@ NEVER = 1 << 62
 
 Since: TypeAlias = Mapping[int, int]
 """From when on each value is held until it is used for the last time: from `FORWARD`, when the forward pass makes it,
-or from the demand at that position, if its replay makes it. What is not in it never is."""
+or from the demand at that position, if its replay makes it. What is not in it never is: it goes as soon as the demand
+that it was made for is met."""
 
 
 class _FirstPass:
@@ -34,6 +36,7 @@ class _FirstPass:
     def __init__(self, simulator: Simulator) -> None:
         self._simulator = simulator
         self._made: dict[int, frozenset[int]] = {}
+        self._passing: set[int] = set()
         self.uses: dict[int, list[int]] = {}
 
     def use(self, position: int, ops: list[int]) -> set[int]:
@@ -50,18 +53,24 @@ class _FirstPass:
         self._made[position] = frozenset(values)
         return Turn(self._made[position])
 
+    def pass_on(self, position: int) -> Turn:
+        """Have what a demand asks for go as soon as it is met."""
+        self._passing.add(position)
+        return Turn(self._made[position], (self._simulator.graph.demands[position].value,))
+
     def plan(self, kept: Collection[int]) -> Plan:
-        """The plan that lets go of everything when it was used last."""
+        """The plan that lets go of everything when it was used last, or passed on."""
         last = {value: positions[-1] for value, positions in self.uses.items()}
-        dropped: dict[int, list[int]] = {}
+        demands = self._simulator.graph.demands
+        dropped = {position: {demands[position].value} for position in self._passing}
         for value, position in last.items():
-            dropped.setdefault(position, []).append(value)
+            dropped.setdefault(position, set()).add(value)
         turns = tuple(
             Turn(
                 frozenset(v for v in self._made.get(position, ()) if last.get(v, -1) > position),
                 tuple(sorted(dropped.get(position, ()))),
             )
-            for position in range(len(self._simulator.graph.demands))
+            for position in range(len(demands))
         )
         return Plan(frozenset(value for value in kept if value in last), turns)
 
@@ -112,16 +121,30 @@ def hold(simulator: Simulator, since: Since) -> tuple[Plan, dict[int, list[int]]
 
     def turn(position: int, ops: list[int]) -> Turn:
         fresh = first.use(position, ops)
-        return first.hold(position, (v for v in fresh if since.get(v, NEVER) <= position)) if ops else Turn()
+        if not ops:
+            return Turn()
+        held = first.hold(position, (v for v in fresh if since.get(v, NEVER) <= position))
+        target = simulator.graph.demands[position].value
+        return held if since.get(target, NEVER) <= position else first.pass_on(position)
 
     simulator.play(kept, turn)
     return first.plan(kept), first.uses
 
 
-def since_of(plan: Plan) -> dict[int, int]:
+def since_of(graph: Graph, plan: Plan) -> dict[int, int]:
     """From when on a plan holds each value."""
     since = dict.fromkeys(plan.kept, FORWARD)
-    for position, turn in enumerate(plan.turns):
+    for position, (demand, turn) in enumerate(zip(graph.demands, plan.turns, strict=False)):
         for value in turn.retained:
             since.setdefault(value, position)
+        if demand.value not in turn.dropped:
+            since.setdefault(demand.value, position)
     return since
+
+
+def held_once_asked_for(graph: Graph, since: Since) -> dict[int, int]:
+    """The same, with each value held from the first demand for it on at the latest."""
+    first: dict[int, int] = {}
+    for position, demand in enumerate(graph.demands):
+        first.setdefault(demand.value, position)
+    return {value: min(since.get(value, NEVER), first.get(value, NEVER)) for value in {**since, **first}}
