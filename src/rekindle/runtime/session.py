@@ -216,7 +216,7 @@ class Session:
         self._room.measures = tape is not None
         self._room.watches = self._watches and (self.policy is not None or self._decisions.follower is None)
         self._room.unseen = 0
-        self._aside.begin(self._is_plain and tape is None and not self._room.watches)
+        self._aside.begin(self._is_plain and tape is None and not self._room.watches and self._finds_gradients())
         if self._rest is not None:
             self._rest.begin()
         visitors = self._ledger.forget_visitors() if self._watches else 0
@@ -253,6 +253,8 @@ class Session:
         self._end_watch(error is None)
         self._learner.ended(self._decisions.follower, self._highest())
         self._end_rest(tape is None and error is None)
+        if self._aside.highest:
+            self._find_gradients()
         if tape is None and self._ahead is not None and self._ahead.wants_record(self._signature):
             self._learner.records = True
         if isinstance(error, RuntimeError) and "saved tensor hooks" in str(error) and "torch.func" in str(error):
@@ -351,6 +353,16 @@ class Session:
         if calm and not (step.sweeps or step.rescues or step.departures or step.rested):
             self._aside.ended(self._highest)
         self._aside.stop()
+
+    def _finds_gradients(self) -> bool:
+        """Whether the bytes of gradients are known that are made unseen, as far as anybody has to know them."""
+        return not self._watches or bool(self.modules.roots)
+
+    def _find_gradients(self) -> None:
+        """Know the gradients that were made unseen: which plan the next step follows depends on them."""
+        if self._watches:
+            for root in list(self.modules.roots):
+                self._see(root)
 
     def _gradients(self) -> int:
         """How many elements the gradients have of the modules that were called."""
