@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rekindle
@@ -265,9 +265,9 @@ def test_opaque_by_tag(func):
 
 def test_strangers_are_opaque():
     """An op of a library that nobody knows is kept, not repeated."""
-    library = torch.library.Library("rekindle_test", "DEF")
-    library.define("stranger(Tensor x) -> Tensor")
-    library.impl("stranger", lambda x: x * 2, "CompositeExplicitAutograd")
+    strangers = library.Library("rekindle_test", "DEF")
+    strangers.define("stranger(Tensor x) -> Tensor")
+    strangers.impl("stranger", lambda x: x * 2, "CompositeExplicitAutograd")
     traits = traits_of(torch.ops.rekindle_test.stranger.default)
     assert "rekindle_test" in traits.opaque
 

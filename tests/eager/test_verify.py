@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 import helpers
 import rekindle
@@ -38,7 +38,7 @@ class Affine(nn.Module):
 @pytest.fixture
 def lying() -> Iterator[Callable[[Callable[[Tensor], Tensor]], None]]:
     """Overrides the kernel of `aten::atan` on the CPU until the test is over."""
-    libraries = [torch.library.Library("aten", "IMPL")]
+    libraries = [library.Library("aten", "IMPL")]
 
     def override(kernel: Callable[[Tensor], Tensor]) -> None:
         libraries[0].impl("atan", kernel, "CPU", allow_override=True)
