@@ -109,6 +109,28 @@ def test_nothing_evicted(policy):
     assert counts(session.stats) == {"steps": 1} | ({"checkpoints": 4} if policy else {})
 
 
+@pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
+def test_what_was_asked_for_is_not_evicted(share):
+    """A plan lets go of each value once it was asked for last: only what was gone before that counts as evicted."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(6)))
+    x = torch.randn(256, 64, generator=seeded(0))
+
+    def steps(budget: int | str) -> rekindle.Session:
+        session = rekindle.Session(memory_budget=budget)
+        for _ in range(3):
+            model.zero_grad()
+            with session:
+                model(x).sum().backward()
+        return session
+
+    loose = steps("1GiB")
+    plan = (tight := steps(loose._ledger.leaf_nbytes + int(share * loose.last_step.peak_nbytes))).plan
+    assert plan is not None
+    assert any(turn.dropped for turn in plan.turns)
+    gone = [value for value in plan.graph.evictable if value.saved_in and not plan.keeps(value.number)]
+    assert tight.last_step.evicted == len(gone) > 0
+
+
 def test_evictions_count_when_the_bytes_go():
     """An activation counts as evicted at the moment its bytes go, not while the user holds it, and only if saved."""
     session, x = rekindle.Session(rekindle.KeepNone()), leaf()

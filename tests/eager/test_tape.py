@@ -9,6 +9,7 @@ import torch
 
 import rekindle
 from helpers import Layer, small_batch, small_model
+from rekindle import EvictionPolicy
 from rekindle.graph import verify_graph
 from rekindle.graph.timeline import ends
 
@@ -87,6 +88,25 @@ def test_a_snapshot_is_a_value(policy, grad):
     assert (copy.nbytes, copy.made_by) == (x.nbytes, write.number)
     assert copy.dropped is not None
     assert copy.dropped > len(graph.forward)
+
+
+@pytest.mark.parametrize("sweeps", [False, True])
+def test_an_evicted_snapshot_stays_on_paper(sweeps, monkeypatch):
+    """What a sweep took of the recorded step is there in a step that follows a plan: plans that counted on it to go
+    went over their budgets. One that nothing needs any more goes in both."""
+    monkeypatch.setattr("rekindle.runtime.snapshots._COPIED_PER_SECOND", float("inf"))
+    weight, x = torch.ones(32, 64, requires_grad=True), small_batch(0)
+    session = rekindle.Session(rekindle.KeepNone(), inplace="snapshot")
+    with session:
+        y = x.exp()
+        loss = (y * weight).sum()
+        y.add_(1)
+        if sweeps:
+            assert session.sweep(EvictionPolicy.AGGRESSIVE).evicted == 1
+        loss.backward()
+    assert session.graph is not None
+    (copy,) = (value for value in session.graph.values if value.why_kept == "a snapshot")
+    assert (copy.dropped is None) == sweeps
 
 
 @pytest.mark.parametrize("policy", [None, rekindle.KeepNone()], ids=repr)

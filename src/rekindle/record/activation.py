@@ -275,6 +275,10 @@ class Activation:
         readers = (reference() for reference in self.readers)
         return any(op is not None and op is not but for op in readers)
 
+    def is_needed(self) -> bool:
+        """Whether something else may have to be recomputed from it, or autograd may ask for it."""
+        return self.is_source() or any(self.live_handles())
+
     def pending(self, graph_task: int) -> bool:
         """Whether autograd still has it saved, and has not asked for it in this backward pass."""
         for reference in self.handles:  # a loop, not a generator: asked for each op that is repeated

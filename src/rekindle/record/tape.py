@@ -176,7 +176,9 @@ class Tape:
         """Note the end of a storage."""
         snapshot = self._snapshots.pop(tracked.key, None)
         if snapshot is not None:
-            self._values[snapshot].dropped = len(self._ops)
+            source = tracked.lent() if tracked.lent is not None else None
+            if source is None or not source.is_needed():  # else it was evicted, which a plan does not do
+                self._values[snapshot].dropped = len(self._ops)
         if tracked.recomputed:
             return
         for number in self._watched.pop(tracked.key, ()):

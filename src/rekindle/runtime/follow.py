@@ -10,6 +10,7 @@ from typing import TypeAlias
 from rekindle._bytes import format_bytes
 from rekindle._errors import PlanMismatch
 from rekindle.graph import Graph, Plan, Turn
+from rekindle.graph.timeline import default_turns
 from rekindle.record.activation import Activation
 from rekindle.record.schema import go_by_data
 
@@ -65,7 +66,7 @@ class PlannedStep:
         position = {value: index for index, value in enumerate(stream)}
         asked: list[int] = []
         turns: list[Turn] = []
-        for demand, turn in zip(graph.demands, plan.turns, strict=False):
+        for demand, turn in zip(graph.demands, _turns_of(graph, plan), strict=False):
             if demand.value in position:
                 asked.append(position[demand.value])
                 retained = frozenset(position[value] for value in turn.retained)
@@ -211,6 +212,14 @@ class Follower:
             return next(iter(steps), None)
         fitting = (step for step in steps if _has_room(step, standing))
         return min(fitting, key=lambda step: abs(step.graph.standing - standing), default=None)
+
+
+def _turns_of(graph: Graph, plan: Plan) -> tuple[Turn, ...]:
+    """The turns of a plan. One for a budget that says nothing of them counts on each value to go when it was asked for
+    last, which the ops that read it might outlast."""
+    if plan.turns or plan.forecast is None:
+        return plan.turns
+    return tuple(Turn(dropped=turn.dropped) for turn in default_turns(graph))
 
 
 def _keeps_everything(graph: Graph, plan: Plan) -> bool:

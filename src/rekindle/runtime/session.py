@@ -507,11 +507,9 @@ class Session:
             follower.check(self._ledger.total_nbytes + expected)
 
     def _count_eviction(self, activation: Activation, nbytes: int) -> None:
-        for reference in activation.handles:  # a loop, not a generator: asked for each storage that dies
-            if reference() is not None:
-                self._step.evicted += 1
-                self._step.evicted_nbytes += nbytes
-                return
+        if activation.pending(current_graph_task()):
+            self._step.evicted += 1
+            self._step.evicted_nbytes += nbytes
 
     # -- what the user asks ------------------------------------------------------------------------------------------
 

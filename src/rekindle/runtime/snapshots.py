@@ -61,7 +61,7 @@ class Snapshots:
         freed = 0
         with self._lock:
             for activation in self._alive():
-                if not activation.is_source() and not any(activation.live_handles()):
+                if not activation.is_needed():
                     freed += activation.nbytes
                     activation.lose()
             self._taken = [weakref.ref(activation) for activation in self._alive()]

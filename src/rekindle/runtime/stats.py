@@ -16,7 +16,7 @@ class Stats:
     Attributes:
         steps: how many times the session was entered.
         checkpoints: activations that were marked to be kept.
-        evicted: activations that autograd had saved and that were let go.
+        evicted: activations that autograd had saved and that were let go before a backward pass asked for them.
         evicted_nbytes: their bytes.
         recompute_calls: how often the backward pass asked for one that was gone.
         ops_replayed: recorded ops that were run again to bring them back.
