@@ -198,12 +198,14 @@ def test_any_program(program: Program, setting: Setting) -> None:
 
 @dataclass(frozen=True)
 class Limit:
-    """A budget: a share of what the first step takes beside what is there anyway, with room for all."""
+    """A budget: a share of what the first step takes beside what is there anyway, with room for all. While the test's
+    own profiler is on, a session can only guess what ops need for themselves, if that is not `known`."""
 
     share: float = 0.5
     policy: str = "none given"
     inplace: Literal["strict", "snapshot"] = "strict"
     min_nbytes: int = 0
+    known: bool = True
 
 
 LIMITS = st.builds(
@@ -212,15 +214,21 @@ LIMITS = st.builds(
     st.sampled_from(["none given"] * 4 + ["keep none", "every 2", "memory", "own"]),
     st.sampled_from(["strict", "strict", "snapshot"]),
     st.sampled_from([0, 512, 1024]),
+    st.booleans(),
 )
 
 
-def budget_for(program: Program, limit: Limit) -> int:
-    """The budget in bytes."""
-    session = Session(memory_budget="1GiB", min_nbytes=limit.min_nbytes, inplace=limit.inplace)
-    Twin(program, session).step(0)
-    standing, peak = session._ledger.leaf_nbytes, session._ledger.peak_nbytes
-    return standing + int(limit.share * peak)
+def within(program: Program, limit: Limit) -> Session:
+    """A session with that budget."""
+    loose = Session(memory_budget="1GiB", min_nbytes=limit.min_nbytes, inplace=limit.inplace)
+    Twin(program, loose).step(0)
+    budget = loose._ledger.leaf_nbytes + int(limit.share * loose._ledger.peak_nbytes)
+    policy = POLICIES[limit.policy]()
+    session = Session(policy, memory_budget=budget, min_nbytes=limit.min_nbytes, inplace=limit.inplace)
+    if limit.known:
+        session._room._sizes = loose._room._sizes
+        session._room.hungry |= loose._room.hungry
+    return session
 
 
 class Allocated:
@@ -237,10 +245,9 @@ def check_budget(program: Program, limit: Limit) -> None:
     step goes on from where plain PyTorch is."""
     gc.collect()
     gc.freeze()
-    budget = budget_for(program, limit)
-    session = Session(
-        POLICIES[limit.policy](), memory_budget=budget, inplace=limit.inplace, min_nbytes=limit.min_nbytes
-    )
+    session = within(program, limit)
+    budget = session.memory_budget
+    assert budget is not None
     managed, plain = Twin(program, session), Twin(program, None, limit.inplace == "snapshot")
     for number in range(len(program.ends)):
         expected = plain.step(number)
@@ -256,7 +263,7 @@ def check_budget(program: Program, limit: Limit) -> None:
             assert not wrong, (number, wrong, actual.get("why"), expected.get("why"))
             standing = sum(tensor.nbytes for tensor in managed.net.state_dict().values())
             assert standing + allocated.peak <= budget, (number, standing + allocated.peak - budget, session.last_step)
-            assert session._highest() <= budget
+            assert session._highest() <= budget or not limit.known
         assert_clean(session)
         del expected
         actual = {}
@@ -269,18 +276,10 @@ def check_budget(program: Program, limit: Limit) -> None:
 GELU = Do("gelu", 0, 0, 0)
 ASKED_EARLY = program_of(Do("cat", 2, 0, 0), GELU, GELU, GELU, Do("add", 0, 0, 0), GELU, ends=4, width=128)
 """What `cat` reads is asked for before what it made."""
-SNAPSHOT_EVICTED = program_of(
-    *(Do("alpha_dropout", 2, 0, 1), GELU, GELU, Do("weight", 0, 0, 0), Do("add", 0, 0, 0), Do("bernoulli", 0, 0, 0)),
-    ends=4,
-    width=128,
-    holds=True,
-)
-"""The first step evicts the snapshot of a mask, which a plan would not."""
 
 
 @fuzzed(50)
 @example(ASKED_EARLY, Limit(1.1))
-@example(SNAPSHOT_EVICTED, Limit(1.1))
 @given(programs_within(), LIMITS)
 def test_any_budget(program: Program, limit: Limit) -> None:
     """Any program within any budget: no bit differs, and the allocator's own peak stays below."""

@@ -110,6 +110,30 @@ def test_an_evicted_snapshot_stays_on_paper(sweeps, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", [None, rekindle.KeepNone()], ids=repr)
+def test_what_cannot_be_made_again_stays(policy):
+    """A value that no replay can make goes with the last that was made of it, not when user code lets go of it: plans
+    that counted on it to go went over their budgets."""
+    x = small_batch(0)
+
+    def forward() -> torch.Tensor:
+        order = x.sort(1).indices
+        picked = x.gather(1, order)
+        del order
+        weight = torch.ones(64, requires_grad=True)
+        y = (x * weight).sin()
+        y = y + picked.sum()
+        del picked
+        return y.sin()
+
+    graph = graph_of(policy, forward)
+    order = graph.values[next(op for op in graph.ops if ".sort." in op.name).outputs[1]]
+    (picked,) = (graph.values[op.outputs[0]] for op in graph.ops if ".gather." in op.name)
+    assert not order.evictable
+    added = next(op.number for op in graph.ops if ".add." in op.name)
+    assert order.dropped == picked.dropped == added + 1
+
+
+@pytest.mark.parametrize("policy", [None, rekindle.KeepNone()], ids=repr)
 def test_what_is_written_in_parts_is_a_value(policy):
     """A storage that parts are written to, and that so cannot be recomputed, has bytes as long as something may be
     recomputed from it: plans that took it for a leaf went over their budgets. DeepSeek joins its keys like this."""

@@ -53,8 +53,8 @@ class _Asked:
 class Tape:
     """Collects ops and values as ids; `graph()` makes them a frozen `Graph`.
 
-    When user code lets go of a value is the moment its storage dies or, if Rekindle itself holds that, when the last
-    other tensor that was seen to look at it dies.
+    When user code lets go of a value is the moment its storage dies or, if Rekindle itself holds that and can make it
+    again, when the last other tensor that was seen to look at it dies.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -221,7 +221,8 @@ class Tape:
                 continue
             for number in self._watched.get(key, ()):
                 draft = self._values[number]
-                if draft.dropped is None:
+                stays = not draft.evictable and draft.overwritten is None  # for what may be recomputed from it
+                if draft.dropped is None and not stays:
                     draft.dropped = len(self._ops)
 
     def op(
