@@ -19,6 +19,8 @@ import rekindle
 import zoo
 from helpers import Layer, assert_same, live_activations, small_batch, small_model, train
 from peak import peak_bytes
+from rekindle._bytes import parse_bytes
+from rekindle.record import kernels
 from zoo import Batch, Entry
 
 pytestmark = pytest.mark.usefixtures("counting")  # what an earlier test left behind is not ours
@@ -285,6 +287,44 @@ def test_later_steps_of_a_measured_session(entry: Entry) -> None:
     for _ in range(3):
         assert standing(model, batch) + peak_bytes(step) <= budget
     assert session.stats.ops_replayed > 0
+
+
+CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward")
+
+
+@pytest.fixture
+def no_idea(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound for convolutions is far above what they take, as for those of few channels that are transposed."""
+    for name in CONVOLUTIONS:
+        monkeypatch.setitem(kernels._BOUNDS, name, lambda tensors, args, results: 1 << 30)
+
+
+def convolutions() -> nn.Module:
+    """A few convolutions."""
+    return nn.Sequential(*(part for _ in range(6) for part in (nn.Conv1d(16, 16, 3, padding=1), nn.GELU())))
+
+
+def sounds(number: int) -> Batch:
+    """A batch for them."""
+    return {"x": torch.randn(4, 16, 256, generator=torch.Generator().manual_seed(number))}
+
+
+@pytest.mark.usefixtures("no_idea")
+def test_a_loose_bound_refuses_nothing() -> None:
+    """Where the bound for an op may be far above what it takes, the op is run when all that can go is gone: the budget
+    is refused by what it took, and holds if that fits."""
+    trainer = Trainer(convolutions, sounds, square)
+    plain = trainer.plain()
+    peak, trainer.measured = max(trainer.peaks), False
+    for share in (1.0, 0.9, 0.8):
+        assert_same(plain, trainer.managed(int(share * peak)))
+    low = standing(convolutions(), sounds(0))
+    refused = low + sounds(0)["x"].nbytes + (24 << 10)  # its result, and not the copy that its kernel makes
+    with pytest.raises(rekindle.BudgetInfeasible) as caught:
+        trainer.managed(refused)
+    match = MESSAGE.fullmatch(str(caught.value))
+    assert match is not None, str(caught.value)
+    assert parse_bytes(match[3]) < peak
 
 
 # -- a budget that cannot be met ---------------------------------------------------------------------------------------

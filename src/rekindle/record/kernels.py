@@ -46,6 +46,8 @@ NOTHING = frozenset(
     )
 )
 """Ops that allocate nothing but their results, when their arguments are contiguous."""
+LOOSE = frozenset(("aten::convolution", "aten::convolution_backward"))
+"""Ops that may take many times less than their bound."""
 
 
 def temporaries(func: Any, args: Sequence[Any], kwargs: dict[str, Any], results: int) -> int | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from rekindle.record.kernels import NOTHING, nbytes_of, rnn_workspace, temporaries, tensors_of
+from rekindle.record.kernels import LOOSE, NOTHING, nbytes_of, rnn_workspace, temporaries, tensors_of
 from rekindle.record.schema import traits_of
 from rekindle.record.torch_private import AllocatorWatch
 
@@ -39,16 +39,23 @@ class Need:
         results: what stays when it returns.
         temporaries: what is gone by then.
         sure: it takes no more; if not, `temporaries` are a guess.
+        loose: it may take much less.
     """
 
     results: int
     temporaries: int
     sure: bool = True
+    loose: bool = False
 
     @property
     def nbytes(self) -> int:
         """The most it takes while it runs."""
         return self.results + self.temporaries
+
+    @property
+    def least(self) -> int:
+        """What has to be there before it is tried."""
+        return self.nbytes if self.sure and not self.loose else self.results
 
 
 class Sizes:
@@ -159,7 +166,7 @@ def _guess(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Need:
     if all(tensor.device.type == "cpu" for tensor in tensors):
         known = temporaries(func, args, kwargs, results)
         if known is not None:
-            return Need(results, known)
+            return Need(results, known, loose=_name(func) in LOOSE)
     elif _name(func) in NOTHING or torch.Tag.pointwise in getattr(func, "tags", ()):
         return Need(results, 0, False)
     return Need(results, read + results, False)

@@ -81,7 +81,8 @@ class Room:
             random: the generator it draws from and its state before the op, to draw the same in a second try.
 
         Raises:
-            BudgetInfeasible: even without everything that can go, the op does not fit.
+            BudgetInfeasible: even without everything that can go, the op does not fit, or did not where only a loose
+                bound was known.
         """
         traits = traits_of(func)
         if self.watches or self.measures or traits.name in self.hungry:
@@ -108,14 +109,14 @@ class Room:
     ) -> Any:
         """The same for an op that memory is looked at for, or that has to be measured; `need` is what it needed before,
         None if that is not known."""
+        tried = False
         if self.watches or self.measures:
             self._ledger.look()
         if self.watches:
             expected = need or self._sizes.guess(signature, func, args, kwargs)
-            needed = expected.nbytes if expected.sure else expected.results
-            if random is not None:
-                needed += _STATES * random[1].nbytes
-            self.make(needed, func, call, 0 if expected.sure else expected.temporaries)
+            states = _STATES * random[1].nbytes if random is not None else 0
+            self.make(expected.least + states, func, call, expected.nbytes - expected.least)
+            tried = expected.loose
         try:
             if need is not None:
                 self._ledger.note(need.nbytes)
@@ -126,6 +127,8 @@ class Room:
             result, need = self._sizes.measure(signature, func, args, kwargs, self._time)
         except torch.OutOfMemoryError as error:
             return self.rescue(error, func, args, kwargs, random)
+        if tried:
+            self._check(need.nbytes, func, call)
         self._tell(func, args, kwargs, result)
         self._ledger.note(need.nbytes)
         self.temporaries = need.temporaries
@@ -175,12 +178,15 @@ class Room:
 
     def _fit(self, nbytes: int, wanted: int, func: Any, call: ModuleCall) -> None:
         assert self._budget is not None
-        assert self._stated is not None
-        ledger = self._ledger
-        target = self._budget - wanted - ledger.standing_nbytes - self.unseen
+        target = self._budget - wanted - self._ledger.standing_nbytes - self.unseen
         self._evictor.free(target, target - self._budget // _SLACK)
+        self._check(nbytes, func, call)
+
+    def _check(self, nbytes: int, func: Any, call: ModuleCall) -> None:
+        """Refuse an op that allocates `nbytes` if they are not there beside what is live."""
+        ledger = self._ledger
         needed = ledger.total_nbytes + nbytes
-        if needed <= self._budget:
+        if self._budget is None or self._stated is None or needed <= self._budget:
             return
         others = f", and what else is allocated on {ledger.place}" if ledger.place is not None else ""
         raise BudgetInfeasible(
