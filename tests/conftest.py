@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from rekindle.record import sizes
 
 NOT_ON_CUDA = {
     "[lstm-per-module]": "cuDNN's recurrent layers are never repeated, so nothing is left to evict",
@@ -45,3 +48,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for part, why in NOT_ON_CUDA.items():
             if part in item.nodeid:
                 item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_measured() -> Iterator[None]:
+    """No session knows what one of an earlier test measured."""
+    yield
+    sizes._SEEN.clear()

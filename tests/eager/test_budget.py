@@ -327,6 +327,18 @@ def test_a_loose_bound_refuses_nothing() -> None:
     assert parse_bytes(match[3]) < peak
 
 
+@pytest.mark.usefixtures("no_idea")
+def test_what_kernels_take_is_known_to_all_sessions() -> None:
+    """What a session measured another goes by, though it could measure nothing itself: a profiler is on."""
+    trainer = Trainer(convolutions, sounds, square)
+    plain = trainer.plain()
+    peak, trainer.measured = max(trainer.peaks), False
+    trainer.managed(2 * peak)
+    trainer.measured = True
+    for share in (1.0, 0.9, 0.8):
+        assert_same(plain, trainer.managed(int(share * peak)))
+
+
 # -- a budget that cannot be met ---------------------------------------------------------------------------------------
 
 MESSAGE = re.compile(

@@ -5,9 +5,10 @@ Source: shapes come from running the op on meta tensors, which hold no bytes (Py
 kernels of the CPU take beside from `kernels`. Once an op has run, the allocator has reported what it really took.
 Regime: exact from the second op of a signature on. For the first one results are exact where the op has a shape
 function and a bound where their number depends on data; temporaries are a bound where the kernel is known, and else a
-guess: as much as goes in and out. While another profiler is on nothing is measured, and every op is a first one.
-Known gaps: on accelerators the temporaries of the first op of a signature are a guess, and on those other than CUDA of
-all that follow.
+guess: as much as goes in and out. While another profiler is on nothing is measured, and an op that no session has
+measured before is a first one.
+Known gaps: what was measured on so many threads is taken to hold until the process ends. On accelerators the
+temporaries of the first op of a signature are a guess, and on those other than CUDA of all that follow.
 """
 
 from __future__ import annotations
@@ -58,11 +59,15 @@ class Need:
         return self.nbytes if self.sure and not self.loose else self.results
 
 
+_SEEN: dict[int, dict[Any, Need]] = {}  # by the number of threads
+
+
 class Sizes:
     """What ops need, by their signature: the op and the geometry of its arguments."""
 
-    def __init__(self) -> None:
-        self._measured: dict[Any, Need] = {}
+    def __init__(self, shared: bool = False) -> None:
+        """With `shared`, what is measured is known to all that share, for kernels take the same in each of them."""
+        self._measured: dict[Any, Need] = _SEEN.setdefault(torch.get_num_threads(), {}) if shared else {}
         self._guessed: dict[Any, Need] = {}
 
     @staticmethod

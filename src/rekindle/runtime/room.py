@@ -63,7 +63,7 @@ class Room:
         self._budget = None if budget is None else budget - kept_back(budget)
         self._stats = stats
         self._cost = cost
-        self._sizes = Sizes()
+        self._sizes = Sizes(shared=True)
 
     def run(
         self,
