@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,70 @@ def test_gates_share_a_storage() -> None:
     assert session.plan is not None
 
 
+def test_what_autograd_never_asks_for() -> None:
+    """A step in which autograd saves most for nodes that die unasked is planned, and the budget holds by the
+    allocator's events."""
+    peaks: list[int] = []
+
+    def step(model: nn.Module, number: int, managed: Managed) -> Tensor:
+        x = small_batch(number, rows=256)
+        standing = x.nbytes + sum(t.nbytes for p in model.parameters() for t in (p, p.grad) if t is not None)
+        losses: list[Tensor] = []
+
+        def run() -> None:
+            hidden = x
+            with managed:
+                for _ in range(2):
+                    hidden = model(hidden).detach()
+                losses.append(model(hidden).square().mean())
+                losses[0].backward()
+
+        peaks.append(standing + peak_bytes(run))
+        return losses[0]
+
+    session = check(step, of=None)
+    assert max(peaks[-5:]) <= session.memory_budget < max(peaks[-10:-5])
+    assert session.last_step.departures == 0
+    assert session.last_step.ops_replayed == predicted_replays(session) > 0
+
+
+def test_asked_for_after_all() -> None:
+    """What no planned step asked for is recomputed in one that does, exact."""
+
+    def step(model: nn.Module, number: int, managed: Managed) -> Tensor:
+        x = small_batch(number, rows=256)
+        with managed:
+            first, second = model(x), model(x).detach()
+            loss = model(second).square().mean()
+            loss.backward()
+            if number == 3:
+                first.backward(second)
+            del first
+        return loss
+
+    session = check(step, of=None, steps=6)
+    assert session.stats.departures == 1
+
+
+@pytest.mark.parametrize("layers", [0, 1], ids=["all", "most"])
+def test_a_backward_pass_that_is_still_to_come(layers: int) -> None:
+    """A step is not planned where autograd still has most of what it saved: what it will ask for is not known."""
+
+    def step(model: nn.Module, number: int, managed: Managed) -> Tensor:
+        with managed:
+            early, late = model[:layers](small_batch(number)), model(small_batch(number)).square().mean()
+            if layers:
+                early.square().mean().backward()
+        late.backward()
+        return late
+
+    session = rekindle.Session(memory_budget="8GiB")
+    assert_same(train(small_model, step), train(small_model, step, session))
+    assert session.graph is not None
+    assert len(session.graph.demands) >= layers
+    assert session.plan is None
+
+
 def test_departs() -> None:
     """A step that runs other ops goes on line from there, exact, is counted, and the plan is followed again next."""
 
@@ -154,9 +219,9 @@ def test_planned_again_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch
     learner = rekindle.runtime.learn.Learner
     learn = learner.learn
 
-    def off(self: object, graph: rekindle.graph.Graph, peak: int, followed: bool) -> None:
+    def off(self: object, graph: rekindle.graph.Graph, peak: int, *rest: Any) -> None:
         peaks.append(peak)
-        learn(self, graph, peak * 9 // 10, followed)  # type: ignore[arg-type]
+        learn(self, graph, peak * 9 // 10, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(learner, "learn", off)
     session = rekindle.Session(memory_budget=budget_for(square, 0.4))

@@ -74,6 +74,7 @@ class Tape:
         self._calls: list[Call] = [Call(0, None, "", ())]
         self._call_ids: dict[int, int] = {0: 0}
         self._leaf_keys: dict[int, int] = {}
+        self._saved: dict[int, weakref.ref[Activation]] = {}
 
     def value_of(self, activation: Activation) -> int:
         """The id of an activation's value, given now if this is the first time it is seen."""
@@ -259,10 +260,16 @@ class Tape:
 
     def saved(self, activation: Activation, call: ModuleCall) -> None:
         """Note that autograd saved an activation while `call` was running."""
-        number = self._call(call)
-        saved_in = self._values[self.value_of(activation)].saved_in
+        number, value = self._call(call), self.value_of(activation)
+        self._saved[value] = weakref.ref(activation)
+        saved_in = self._values[value].saved_in
         if number not in saved_in:
             saved_in.append(number)
+
+    def held(self) -> frozenset[int]:
+        """The numbers of the values that autograd saved and has not let go of, and may still ask for."""
+        saved = ((value, reference()) for value, reference in self._saved.items())
+        return frozenset(value for value, made in saved if made is not None and any(made.live_handles()))
 
     def graph(self, names: dict[int, str]) -> Graph:
         """The step so far. `names` gives the names of parameters and buffers by the address of their storage."""

@@ -46,14 +46,14 @@ class Learner:
             return None
         return self.plans.follow(refuses=self._given is not None)
 
-    def learn(self, graph: Graph, peak: int, followed: PlannedStep | None) -> None:
-        """Plan for the step that has just been recorded. `peak` is the most bytes that were live in it, and `followed`
-        the plan that was followed to its end."""
+    def learn(self, graph: Graph, peak: int, followed: PlannedStep | None, held: frozenset[int] = frozenset()) -> None:
+        """Plan for the step that has just been recorded. `peak` is the most bytes that were live in it, `followed` the
+        plan that was followed to its end, and `held` the values that autograd still has saved."""
         again = False
         if self._policy is not None and not self._on_the_go:
             graph = _evened(graph)
             self.plans.add(graph, make_plan(self._policy, graph))
-        elif self._budget is not None and self._policy is None and _is_whole(graph):
+        elif self._budget is not None and self._policy is None and _is_whole(graph, held):
             again = self._fit(graph, peak, followed, self._budget)
         self.records = again
 
@@ -99,11 +99,13 @@ class _Kind:
     excess: int = 0
 
 
-def _is_whole(graph: Graph) -> bool:
-    """Whether the backward pass was recorded too: it asked for most of what was saved."""
+def _is_whole(graph: Graph, held: frozenset[int]) -> bool:
+    """Whether the backward pass was recorded too: it asked for more than what autograd still has saved beside that.
+    What is neither asked for nor `held` never will be: its nodes are gone."""
     asked = {demand.value for demand in graph.demands}
     saved = [value for value in graph.values if value.saved_in and value.evictable and value.overwritten is None]
-    return 2 * sum(value.nbytes for value in saved if value.number in asked) > sum(value.nbytes for value in saved)
+    awaited = sum(value.nbytes for value in saved if value.number in held and value.number not in asked)
+    return sum(value.nbytes for value in saved if value.number in asked) > awaited
 
 
 def _quicker(one: Graph, other: Graph) -> Graph:

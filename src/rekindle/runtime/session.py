@@ -323,7 +323,8 @@ class Session:
     def _learn(self, tape: Tape) -> None:
         graph = self._graph = tape.graph(self.modules.names())
         follower = self._decisions.follower
-        self._learner.learn(graph, self._highest(), follower.completed() if follower is not None else None)
+        followed = follower.completed() if follower is not None else None
+        self._learner.learn(graph, self._highest(), followed, tape.held())
         if self._ahead is not None and self._signature is not None:
             self._ahead.recorded(self._signature, self._learner.plans.find(kind_of(graph)) is not None)
         if isinstance(self.policy, PerModule) and (unmatched := self.policy.unmatched(graph)):
