@@ -20,7 +20,7 @@ import zoo
 from helpers import Layer, assert_same, live_activations, small_batch, small_model, train
 from peak import peak_bytes
 from rekindle._bytes import parse_bytes
-from rekindle.record import kernels
+from rekindle.record import kernels, sizes
 from zoo import Batch, Entry
 
 pytestmark = pytest.mark.usefixtures("counting")  # what an earlier test left behind is not ours
@@ -337,6 +337,17 @@ def test_what_kernels_take_is_known_to_all_sessions() -> None:
     trainer.measured = True
     for share in (1.0, 0.9, 0.8):
         assert_same(plain, trainer.managed(int(share * peak)))
+
+
+def test_what_kernels_take_counts_in_all_sessions() -> None:
+    """A session that never measured an op knows all the same that its kernel takes much: only such ops are looked up in
+    steps that follow a plan, and count."""
+    model, batch, sessions = convolutions(), sounds(0), [rekindle.Session(memory_budget="1GiB") for _ in range(2)]
+    for session in sessions:
+        with session:
+            square(model, batch).backward()
+    measures, knows = (session._room.hungry for session in sessions)
+    assert knows == measures >= {"aten.convolution.default"}
 
 
 # -- a budget that cannot be met ---------------------------------------------------------------------------------------

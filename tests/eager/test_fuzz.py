@@ -27,6 +27,7 @@ from peak import peak_bytes
 from programs import Block, Do, Program, Twin, programs, programs_within
 from rekindle import FakeReader, Pressure, Session
 from rekindle.graph import Graph
+from rekindle.record import sizes
 from watch import living, modes
 
 FULL = os.environ.get("REKINDLE_TESTS") == "full"
@@ -223,12 +224,9 @@ def within(program: Program, limit: Limit) -> Session:
     loose = Session(memory_budget="1GiB", min_nbytes=limit.min_nbytes, inplace=limit.inplace)
     Twin(program, loose).step(0)
     budget = loose._ledger.leaf_nbytes + int(limit.share * loose._ledger.peak_nbytes)
-    policy = POLICIES[limit.policy]()
-    session = Session(policy, memory_budget=budget, min_nbytes=limit.min_nbytes, inplace=limit.inplace)
-    if limit.known:
-        session._room._sizes = loose._room._sizes
-        session._room.hungry |= loose._room.hungry
-    return session
+    if not limit.known:
+        sizes._SEEN.clear()
+    return Session(POLICIES[limit.policy](), memory_budget=budget, min_nbytes=limit.min_nbytes, inplace=limit.inplace)
 
 
 class Allocated:

@@ -118,13 +118,10 @@ class Room:
             self.make(expected.least + states, func, call, expected.nbytes - expected.least)
             tried = expected.loose
         try:
-            if need is not None:
-                self._ledger.note(need.nbytes)
-                self.temporaries = need.temporaries
+            if need is None:
+                result, need = self._sizes.measure(signature, func, args, kwargs, self._time)
+            else:
                 result = self._time(func, args, kwargs)
-                self._tell(func, args, kwargs, result)
-                return result
-            result, need = self._sizes.measure(signature, func, args, kwargs, self._time)
         except torch.OutOfMemoryError as error:
             return self.rescue(error, func, args, kwargs, random)
         if tried:
