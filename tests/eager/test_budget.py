@@ -20,7 +20,7 @@ import zoo
 from helpers import Layer, assert_same, live_activations, small_batch, small_model, train
 from peak import peak_bytes
 from rekindle._bytes import parse_bytes
-from rekindle.record import kernels, sizes
+from rekindle.record import kernels
 from zoo import Batch, Entry
 
 pytestmark = pytest.mark.usefixtures("counting")  # what an earlier test left behind is not ours
