@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -98,15 +98,19 @@ def test_gates_share_a_storage() -> None:
     assert session.plan is not None
 
 
+def peak_of(model: nn.Module, x: Tensor, run: Callable[[], None]) -> int:
+    """The most bytes there are while a step runs, by the allocator's events."""
+    standing = x.nbytes + sum(t.nbytes for p in model.parameters() for t in (p, p.grad) if t is not None)
+    return standing + peak_bytes(run)
+
+
 def test_what_autograd_never_asks_for() -> None:
     """A step in which autograd saves most for nodes that die unasked is planned, and the budget holds by the
     allocator's events."""
     peaks: list[int] = []
 
     def step(model: nn.Module, number: int, managed: Managed) -> Tensor:
-        x = small_batch(number, rows=256)
-        standing = x.nbytes + sum(t.nbytes for p in model.parameters() for t in (p, p.grad) if t is not None)
-        losses: list[Tensor] = []
+        x, losses = small_batch(number, rows=256), []
 
         def run() -> None:
             hidden = x
@@ -116,7 +120,7 @@ def test_what_autograd_never_asks_for() -> None:
                 losses.append(model(hidden).square().mean())
                 losses[0].backward()
 
-        peaks.append(standing + peak_bytes(run))
+        peaks.append(peak_of(model, x, run))
         return losses[0]
 
     session = check(step, of=None)
@@ -125,21 +129,29 @@ def test_what_autograd_never_asks_for() -> None:
     assert session.last_step.ops_replayed == predicted_replays(session) > 0
 
 
-def test_asked_for_after_all() -> None:
-    """What no planned step asked for is recomputed in one that does, exact."""
+@pytest.mark.parametrize("layers", [4, 5], ids=["less", "as much"])
+def test_asked_for_after_all(layers: int) -> None:
+    """What no planned step asked for is recomputed in one that does, in a second backward pass: exact, and the budget
+    holds by the allocator's events, the gradients that the first pass made unseen included."""
+    peaks: list[int] = []
 
     def step(model: nn.Module, number: int, managed: Managed) -> Tensor:
-        x = small_batch(number, rows=256)
-        with managed:
-            first, second = model(x), model(x).detach()
-            loss = model(second).square().mean()
-            loss.backward()
-            if number == 3:
-                first.backward(second)
-            del first
-        return loss
+        x, losses = small_batch(number, rows=256), []
+
+        def run() -> None:
+            with managed:
+                first = model[:layers](x)
+                losses.append(model(x).square().mean())
+                losses[0].backward()
+                if number == 3:
+                    first.backward(x)
+                del first
+
+        peaks.append(peak_of(model, x, run))
+        return losses[0]
 
     session = check(step, of=None, steps=6)
+    assert max(peaks[-6:]) <= session.memory_budget < max(peaks[-12:-6])
     assert session.stats.departures == 1
 
 

@@ -316,9 +316,12 @@ class Session:
         self._step.departures += 1
 
     def _watch(self) -> None:
-        """Make room op by op from here on, if there is a budget, and see every op of the backward pass."""
+        """Make room op by op from here on, if there is a budget, and see every op of the backward pass. Gradients that
+        were made unseen count."""
         self._room.watches = self._watches
         self._aside.stop()
+        if self._aside.highest:
+            self._find_gradients()
 
     def _learn(self, tape: Tape) -> None:
         graph = self._graph = tape.graph(self.modules.names())
