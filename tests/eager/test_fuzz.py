@@ -275,9 +275,28 @@ GELU = Do("gelu", 0, 0, 0)
 ASKED_EARLY = program_of(Do("cat", 2, 0, 0), GELU, GELU, GELU, Do("add", 0, 0, 0), GELU, ends=4, width=128)
 """What `cat` reads is asked for before what it made."""
 
+ADD = Do("add", 0, 0, 0)
+TAKES_UNSEEN = program_of(
+    *(
+        Do("bernoulli_p", 0, 0, 0),
+        Do("dropout", 0, 0, 0),
+        GELU,
+        Do("embedding", 0, 0, 0),
+        Do("rand_like", 0, 0, 0),
+        ADD,
+    ),
+    *(Do("log_softmax", 0, 0, 0), ADD, ADD, Do("group_norm", 0, 0, 0), Do("max_all", 0, 0, 2), Do("tanh", 2, 0, 1)),
+    *(GELU, Do("scale", 0, 0, 0), Do("add", 0, 0, 1), ADD),
+    ends=4,
+    width=128,
+)
+"""The node of `max_all` runs without the recorder, and what it returns is added to another gradient."""
+
 
 @fuzzed(50)
 @example(ASKED_EARLY, Limit(1.1))
+@example(TAKES_UNSEEN, Limit(0.9))
+@example(TAKES_UNSEEN, Limit(0.9, known=False))
 @given(programs_within(), LIMITS)
 def test_any_budget(program: Program, limit: Limit) -> None:
     """Any program within any budget: no bit differs, and the allocator's own peak stays below."""

@@ -9,12 +9,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rekindle
 from helpers import same_bits, small_batch
+from rekindle.record.kernels import NODES, node_nbytes
 from rekindle.record.schema import BRANCHING_NODES, traits_of
-from rekindle.record.torch_private import conjugating, step_aside
+from rekindle.record.torch_private import AllocatorWatch, conjugating, step_aside
 from watch import log_replays, modes
 
 
@@ -51,18 +53,22 @@ BRANCHING: dict[str, Callable[[Tensor], Tensor]] = {
 
 def nodes(result: Tensor) -> set[str]:
     """The names of the autograd nodes behind a result."""
-    found, stack = set(), [result.grad_fn]
+    return {node.name() for node in _all_nodes(result)}
+
+
+def _all_nodes(result: Tensor) -> list[Node]:
+    found, stack = [], [result.grad_fn]
     while stack:
         node = stack.pop()
         if node is not None:
-            found.add(node.name())
+            found.append(node)
             stack += [following for following, _ in node.next_functions]
     return found
 
 
 def test_every_branching_node_is_tried() -> None:
     """The tests below reach each node in the table."""
-    assert BRANCHING.keys() == BRANCHING_NODES
+    assert BRANCHING.keys() == BRANCHING_NODES == NODES.keys()
 
 
 @pytest.mark.parametrize("name", BRANCHING)
@@ -73,6 +79,107 @@ def test_formulas_are_those_of_plain_pytorch(name: str, twice: bool) -> None:
     assert name in nodes(f(X.clone().requires_grad_()))
     plain, managed = gradients(f, X, False, twice), gradients(f, X, True, twice)
     assert all(map(same_bits, plain, managed))
+
+
+ROWS, DTYPES = 40, [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128]
+LARGE: dict[str, Callable[[Tensor], Tensor]] = BRANCHING | {
+    "MaskedFillBackward1": lambda x: torch.zeros(ROWS, ROWS, dtype=x.dtype).masked_fill(x.real > 0.3, x.sum()),
+    "LinalgDetBackward0": torch.linalg.det,
+    "LinalgEigBackward0": lambda x: torch.linalg.eig(x).eigenvectors.abs(),
+    "LinalgEighBackward0": lambda x: torch.linalg.eigh(x + x.mH).eigenvectors.abs(),
+    "OrmqrBackward0": lambda x: torch.ormqr(*torch.geqrf(x.detach()), x),
+}
+REAL = ("Max", "Min", "Median", "Nanmedian")  # their kernels take nothing complex
+PRECISE = ("Linalg", "Ormqr")  # and these nothing short
+TAKEN = [
+    (name, dtype)
+    for name in LARGE
+    for dtype in DTYPES
+    if not (dtype.is_complex and name.startswith(REAL)) and not (dtype.itemsize == 2 and name.startswith(PRECISE))
+]
+
+
+@pytest.mark.parametrize("zeros", [False, True], ids=["", "zeros"])
+@pytest.mark.parametrize(("name", "dtype"), TAKEN, ids=str)
+def test_what_an_unseen_node_takes(name: str, dtype: torch.dtype, zeros: bool) -> None:
+    """A node that runs without the recorder allocates no more than the bound that room is made for."""
+    x = torch.randn(ROWS, ROWS, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if zeros:
+        x[::3, ::4] = 0
+    x.requires_grad_()
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.numel()] = tensor.detach()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = LARGE[name](x)
+    node = next(node for node in _all_nodes(result) if node.name() == name)
+    watch, largest = AllocatorWatch(), saved[max(saved)]
+
+    def start(_: object) -> None:
+        watch.__enter__()
+
+    node.register_prehook(start)
+    node.register_hook(lambda *_: watch.__exit__())
+    real(result).backward()
+    assert watch.worked
+    assert 0 < watch.peak_nbytes <= node_nbytes(name, largest)
+
+
+class Log(TorchDispatchMode):
+    """Notes the names of ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_is_back_for_what_the_node_returned() -> None:
+    """What other nodes have returned is added to it, and memory for that is to be counted."""
+    mode, came = Log(), []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        step_aside(mode, {"SinBackward0"}, lambda name, grads: came.append((name, len(grads), modes())))
+        return tensor
+
+    x = X.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack), mode:
+        y = x * 1
+        loss = y.sin().sum() + y.cos().sum()
+        mode.ops.clear()
+        loss.backward()
+    assert came == [("SinBackward0", 1, 1)]
+    assert "aten.cos.default" not in mode.ops  # the formula of the node
+    assert "aten.add.Tensor" in mode.ops
+    assert same_bits(x.grad, X.cos() - X.sin())
+
+
+def test_a_mode_is_not_back_after_a_node_that_failed() -> None:
+    """A node that failed runs again, out of the mode's sight."""
+    mode, fails, came = Log(), [True], []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        if fails and step_aside(mode, {"SinBackward0"}, lambda name, grads: came.append(name)):
+            fails.clear()
+            raise RuntimeError("no room")
+        return tensor
+
+    x = X.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        with mode:
+            loss = x.sin().sum()
+            with pytest.raises(RuntimeError, match="no room"):
+                loss.backward(retain_graph=True)
+        mode.ops.clear()
+        loss.backward()
+    assert (mode.ops, came, modes()) == ([], [], 0)
+    assert same_bits(x.grad, X.cos())
 
 
 def test_a_mode_steps_aside_for_one_node() -> None:

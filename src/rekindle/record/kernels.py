@@ -49,6 +49,23 @@ NOTHING = frozenset(
 LOOSE = frozenset(("aten::convolution", "aten::convolution_backward"))
 """Ops that may take many times less than their bound."""
 
+NODES = {
+    **dict.fromkeys(("MaxBackward1", "MinBackward1", "MedianBackward0", "NanmedianBackward0"), (1, 9)),
+    "MaskedFillBackward1": (0, 17),
+    "ProdBackward0": (3, 9),
+    **dict.fromkeys(("ProdBackward1", "CumprodBackward0", "OrmqrBackward0"), (7, 9)),
+    **dict.fromkeys(("LinalgDetBackward0", "LinalgEigBackward0", "LinalgEighBackward0"), (7, 9)),
+}
+"""What autograd nodes allocate at most that the recorder does not see: so many bytes for each byte, and for each
+element, of the largest tensor that they saved."""
+_NUMBERS = 256  # bytes; a few numbers
+
+
+def node_nbytes(node: str, saved: Tensor) -> int:
+    """At most how many bytes an autograd node among `NODES` allocates for a tensor that it saved."""
+    per_byte, per_element = NODES[node]
+    return per_byte * saved.nbytes + per_element * saved.numel() + _NUMBERS
+
 
 def temporaries(func: Any, args: Sequence[Any], kwargs: dict[str, Any], results: int) -> int | None:
     """At most how many bytes the CPU kernel allocates and frees again, None if nobody knows.

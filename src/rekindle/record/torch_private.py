@@ -125,18 +125,39 @@ class _Nobody:
     """What no tensor is."""
 
 
-def step_aside(mode: TorchDispatchMode, nodes: Collection[str] | None) -> None:
+def step_aside(
+    mode: TorchDispatchMode, nodes: Collection[str] | None, back: Callable[[str, Any], None] | None = None
+) -> str:
     """Take `mode` away until the running autograd node ends, if its name is among `nodes`; if these are None, if it is
     one of PyTorch's own, generated from a formula: those are numbered, as custom functions are not. Not if there are
-    other modes: plain PyTorch would run under these."""
+    other modes: plain PyTorch would run under these.
+
+    With `back`, the mode is there again for what autograd does with the gradients that the node returned: they are
+    added up, if others have come. `back(name, gradients)` is called before. Returns the name if it is among `nodes`.
+    """
     node: Any = torch._C._current_autograd_node()
     if node is None:
-        return
-    name = node.name()
+        return ""
+    name: str = node.name()
     if not (name[-1].isdigit() if nodes is None else name in nodes):
-        return
+        return ""
     if torch._C._len_torch_dispatch_stack() == 1 and torch._C._get_dispatch_stack_at(0) is mode:
         torch._C._pop_torch_dispatch_stack(None)
+        if back is not None:
+            _come_back(mode, node, name, back)
+    return name if nodes is not None else ""
+
+
+def _come_back(mode: TorchDispatchMode, node: Any, name: str, back: Callable[[str, Any], None]) -> None:
+    graph_task = current_graph_task()
+
+    def hook(gradients: Any, _: Any) -> None:
+        handle.remove()
+        if current_graph_task() == graph_task:  # else the node failed then, and runs again
+            torch._C._push_on_torch_dispatch_stack(mode)
+            back(name, gradients)
+
+    handle = node.register_hook(hook)
 
 
 @contextmanager

@@ -115,16 +115,20 @@ class SavedTensors:
         """
         graph_task = current_graph_task()
         running = graph_task != -1  # else user code looks, at `grad_fn._saved_self` say, and no plan knows of that
+        unseen = ""
         if running:
             if graph_task != self._graph_task:
                 self._backward_begins(graph_task)
-            self._step_aside()
+            unseen = self._step_aside()
         self._replayer.asked()
         tape = self._recorder.tape if running else None
         if isinstance(packed, Saved):
             if tape is not None and (tracked := self._storages.get(packed.key)) is not None:
                 tape.asked(tracked.value_id, current_node())
-            return self._check(packed)
+            tensor = self._check(packed)
+            if unseen:
+                self._recorder.runs_unseen(unseen, tensor)
+            return tensor
         activation = packed.activation
         if tape is not None:
             tape.asked(activation.value_id, current_node())
@@ -144,6 +148,8 @@ class SavedTensors:
             follower.drop(turn)
         elif activation.retained and not activation.pending(graph_task):
             self._replayer.leave(activation)
+        if unseen:
+            self._recorder.runs_unseen(unseen, tensor)
         return tensor
 
     def _backward_begins(self, graph_task: int) -> None:
@@ -156,10 +162,12 @@ class SavedTensors:
         elif self.aside.backward_begins(graph_task):
             self._recorder.backward_begins(graph_task)
 
-    def _step_aside(self) -> None:
-        """Have the running node do without the recorder, if it would do otherwise with it or nobody has to watch."""
-        unseen = self.aside is not None and self.aside.active and self._recorder.is_at_home
-        step_aside(self._recorder, None if unseen else BRANCHING_NODES)
+    def _step_aside(self) -> str:
+        """Have the running node do without the recorder, if it would do otherwise with it or nobody has to watch.
+        Returns its name if somebody had to."""
+        if self.aside is not None and self.aside.active and self._recorder.is_at_home:
+            return step_aside(self._recorder, None)
+        return step_aside(self._recorder, BRANCHING_NODES, self._recorder.ran_unseen)
 
     def _refuse_changed(self, activation: Activation) -> None:
         """Refuse what plain autograd refuses."""
