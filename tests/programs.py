@@ -205,11 +205,17 @@ class Machine:
         return self.wide(tensor).to(self.net.weight.dtype)
 
 
+_OVERWRITTEN = (
+    "modified inplace",
+    "modified by an inplace operation",
+    "modified since by an in-place operation",  # what it would be recomputed from
+)
+
+
 def kind_of(error: BaseException) -> str:
     """The name of the kind of an error that is alike for plain PyTorch and for Rekindle."""
     if isinstance(error, RuntimeError):
-        written = "modified inplace" in str(error) or "modified by an inplace operation" in str(error)
-        return "overwritten" if written else "RuntimeError"
+        return "overwritten" if any(words in str(error) for words in _OVERWRITTEN) else "RuntimeError"
     return type(error).__name__
 
 

@@ -180,6 +180,7 @@ def program_of(*instructions: Do, ends: int, width: int, holds: bool = False) ->
     return Program((instructions,), ("sum",) * ends, width, False, "", holds, False, None)
 
 
+ADD, GELU = Do("add", 0, 0, 0), Do("gelu", 0, 0, 0)
 SELF_ADDS = program_of(
     *(Do("add", 0, 0, 0), Do("add", 0, 0, 0), Do("batch_norm", 0, 0, 0), Do("add", 0, 0, 0), Do("add", 0, 0, 0)),
     *(Do("add", 0, 0, 0), Do("addcmul", 0, 0, 1), Do("add_", 0, 1, 0)),
@@ -187,9 +188,16 @@ SELF_ADDS = program_of(
     width=8,
 )
 
+STEPPED_BEFORE = Program(
+    ((ADD, Do("batch_norm", 0, 0, 0), GELU),), ("pieces", "sum"), 8, False, "attached", False, False, None
+)
+"""The second backward pass reaches the first step, whose weights were updated since: the session refuses to recompute
+from them what PyTorch refuses to compute with them."""
+
 
 @fuzzed(200)
 @example(SELF_ADDS, Setting("keep all", "strict", 0, False, None))
+@example(STEPPED_BEFORE, Setting("every 3"))
 @given(programs(), SETTINGS)
 def test_any_program(program: Program, setting: Setting) -> None:
     """Outputs, losses, gradients, inputs that are written to, buffers, random states; errors where plain PyTorch has
@@ -271,11 +279,9 @@ def check_budget(program: Program, limit: Limit) -> None:
     assert session._ledger.total_nbytes == 0
 
 
-GELU = Do("gelu", 0, 0, 0)
 ASKED_EARLY = program_of(Do("cat", 2, 0, 0), GELU, GELU, GELU, Do("add", 0, 0, 0), GELU, ends=4, width=128)
 """What `cat` reads is asked for before what it made."""
 
-ADD = Do("add", 0, 0, 0)
 TAKES_UNSEEN = program_of(
     *(
         Do("bernoulli_p", 0, 0, 0),
@@ -301,6 +307,26 @@ TAKES_UNSEEN = program_of(
 def test_any_budget(program: Program, limit: Limit) -> None:
     """Any program within any budget: no bit differs, and the allocator's own peak stays below."""
     check_budget(program, limit)
+
+
+@pytest.mark.xfail(
+    reason="what a checkpoint is, is forgotten with the last op that read it, if only user code holds it"
+)
+def test_read_again_by_user_code() -> None:
+    """Found by a full run: a value that the plan keeps is read by an op whose result dies, and then by another. It is a
+    leaf then, which nobody lets go of, and the step takes 4% more than its budget. Which plan it follows is decided by
+    measured seconds, so this may pass."""
+    program = Program(
+        (
+            (
+                *(Do("chunk", 2, 0, 2), Do("bmm", 0, 0, 0), Do("linear", 0, 0, 1), Do("weight_view", 0, 0, 0)),
+                *(Do("cat", 3, 0, 0, 2), Do("rand_like", 1, 3, 0), Do("index", 3, 1, 0, 2), Do("bmm", 0, 1, 0, 5)),
+                *(Do("exp_", 0, 1, 2, 6), Do("slice", 2, 2, 0, 1)),
+            ),
+        ),
+        *(("sum",) * 4, 128, True, "", False, False, None),
+    )
+    check_budget(program, Limit(1.0))
 
 
 HUNT = {"any": (check, (programs(), SETTINGS)), "budget": (check_budget, (programs_within(), LIMITS))}
