@@ -90,6 +90,7 @@ class Recorder(TorchDispatchMode):
         self._next_cut = _OPS_BETWEEN_CUTS
         self._unsettled: list[weakref.ref[Any]] = []
         self._graph_task = -1
+        self._unseen: tuple[int, str] | None = None  # the number and the name of the node that runs without us
         self._unseen_nbytes = 0
         self._ask_reads = False
         self._to_hold: list[tuple[Activation, Tensor]] = []
@@ -754,6 +755,15 @@ class Recorder(TorchDispatchMode):
                 count_no_write(value, tensor)
         return result
 
+    def steps_aside(self, node: str) -> None:
+        """Note that the running node of the backward pass does without the recorder."""
+        self._unseen, self._unseen_nbytes = (current_node(), node), 0
+
+    @property
+    def unseen_node(self) -> str:
+        """The name of the running node if it does without the recorder."""
+        return self._unseen[1] if self._unseen is not None and self._unseen[0] == current_node() else ""
+
     def runs_unseen(self, node: str, saved: Tensor) -> None:
         """Make room for what a node of the backward pass allocates that runs without the recorder, and count it.
         `saved` is what it asks for.
@@ -768,7 +778,7 @@ class Recorder(TorchDispatchMode):
 
     def ran_unseen(self, node: str, gradients: Any) -> None:
         """Know what such a node returned, and write it down as one op."""
-        nbytes, self._unseen_nbytes = self._unseen_nbytes, 0
+        nbytes, self._unseen = self._unseen_nbytes, None
         tape, call = self.tape, self.modules.current
         new = self._count_new(gradients)
         if tape is not None:

@@ -133,7 +133,8 @@ def step_aside(
     other modes: plain PyTorch would run under these.
 
     With `back`, the mode is there again for what autograd does with the gradients that the node returned: they are
-    added up, if others have come. `back(name, gradients)` is called before. Returns the name if it is among `nodes`.
+    added up, if others have come. `back(name, gradients)` is called before. Returns the name of the node if
+    the mode was taken away now and comes back so, else nothing.
     """
     node: Any = torch._C._current_autograd_node()
     if node is None:
@@ -141,11 +142,13 @@ def step_aside(
     name: str = node.name()
     if not (name[-1].isdigit() if nodes is None else name in nodes):
         return ""
-    if torch._C._len_torch_dispatch_stack() == 1 and torch._C._get_dispatch_stack_at(0) is mode:
-        torch._C._pop_torch_dispatch_stack(None)
-        if back is not None:
-            _come_back(mode, node, name, back)
-    return name if nodes is not None else ""
+    if torch._C._len_torch_dispatch_stack() != 1 or torch._C._get_dispatch_stack_at(0) is not mode:
+        return ""
+    torch._C._pop_torch_dispatch_stack(None)
+    if back is None:
+        return ""
+    _come_back(mode, node, name, back)
+    return name
 
 
 def _come_back(mode: TorchDispatchMode, node: Any, name: str, back: Callable[[str, Any], None]) -> None:

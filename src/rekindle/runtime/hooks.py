@@ -165,9 +165,12 @@ class SavedTensors:
     def _step_aside(self) -> str:
         """Have the running node do without the recorder, if it would do otherwise with it or nobody has to watch.
         Returns its name if somebody had to."""
-        if self.aside is not None and self.aside.active and self._recorder.is_at_home:
-            return step_aside(self._recorder, None)
-        return step_aside(self._recorder, BRANCHING_NODES, self._recorder.ran_unseen)
+        recorder = self._recorder
+        if self.aside is not None and self.aside.active and recorder.is_at_home:
+            return step_aside(recorder, None)
+        if node := step_aside(recorder, BRANCHING_NODES, recorder.ran_unseen):
+            recorder.steps_aside(node)
+        return recorder.unseen_node
 
     def _refuse_changed(self, activation: Activation) -> None:
         """Refuse what plain autograd refuses."""
