@@ -309,9 +309,7 @@ def test_any_budget(program: Program, limit: Limit) -> None:
     check_budget(program, limit)
 
 
-@pytest.mark.xfail(
-    reason="what a checkpoint is, is forgotten with the last op that read it, if only user code holds it"
-)
+@pytest.mark.xfail(reason="a checkpoint that only user code holds is forgotten with the op that read it", strict=False)
 def test_read_again_by_user_code() -> None:
     """Found by a full run: a value that the plan keeps is read by an op whose result dies, and then by another. It is a
     leaf then, which nobody lets go of, and the step takes 4% more than its budget. Which plan it follows is decided by
