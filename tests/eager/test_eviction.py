@@ -207,6 +207,60 @@ def test_checkpoint() -> None:
     assert same_bits(x.grad, plain_gradient(lambda x: x.exp().sin().sum()))
 
 
+@pytest.mark.parametrize("times", [1, 2, 5])
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_was_read_for_nothing_can_go(times: int, verify: bool) -> None:
+    """A checkpoint that ops read whose results die, such as a norm to be printed, is what it was while user code holds
+    it: known to be recomputable, at its position of a plan, held again when something needs it."""
+
+    def run(x: Tensor, session: rekindle.Session | None) -> Tensor:
+        hidden = (x * 2).sin()
+        known = of(session, hidden) if session is not None else None
+        maker, value = (known.op, known.value_id) if known is not None else (None, 0)
+        del known
+        for _ in range(times):
+            hidden.norm()
+        if session is not None:
+            again = of(session, hidden)
+            assert again.op is maker
+            assert again.value_id == value
+            assert again.is_checkpoint
+            assert maker is not None
+            assert list(maker.results()) == [again]
+            del again, maker
+        result = hidden.exp() * hidden.cos()
+        assert session is None or of(session, hidden).held is not None
+        del hidden
+        if session is not None:
+            assert session.sweep(AGGRESSIVE).freed_nbytes >= NBYTES
+        return result.sum()
+
+    expected = plain_gradient(lambda x: run(x, None))
+    session = rekindle.Session(rekindle.EveryN(1), verify=verify)
+    for _ in range(2):
+        x = leaf()
+        with session:
+            run(x, session).backward()
+        assert x.grad is not None
+        assert same_bits(x.grad, expected)
+        assert session.last_step.ops_replayed > 0
+
+
+def test_what_was_read_for_nothing_goes_with_what_user_code_holds() -> None:
+    """Nobody but user code keeps it: its bytes and its record end with the tensor."""
+    session, x = rekindle.Session(rekindle.EveryN(1)), leaf()
+    with session:
+        hidden = (x * 2).sin()
+        before = live_activations()
+        for _ in range(3):
+            hidden.norm()
+            assert live_activations() == before
+        live = session.live_nbytes
+        del hidden
+        assert live - session.live_nbytes == 2 * NBYTES  # of what `sin` saved, too
+        assert live_activations() < before
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_checkpoint_that_cannot_be_recomputed(policy: EvictionPolicy) -> None:
     """AGGRESSIVE is not reckless: a marked leaf, and a marked result of an op that routes, stay."""

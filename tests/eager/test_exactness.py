@@ -570,6 +570,30 @@ def mapped(net: Net, x: Tensor) -> Tensor:
     return torch.vmap(lambda row: F.dropout(F.gelu(net.v @ row)), randomness="different")(x).pow(2).mean()
 
 
+class Unseen(torch.autograd.Function):
+    """Writes to its input where no dispatcher sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """`mark_dirty` is the only sign of it."""
+        x.detach().numpy()[...] *= -3.0
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Of nothing."""
+        return grad
+
+
+@loss()
+def unseen_writes(net: Net, x: Tensor) -> Tensor:
+    """Writes that no dispatcher sees, through an alias that outlives the tensor that was recorded."""
+    alias = F.gelu(x @ net.w).detach()
+    alias.sum()  # known, and read
+    return (Unseen.apply(alias) @ net.v * net.b).mean() + F.gelu(x @ net.w).mean()
+
+
 # -- views, aliases, writes -------------------------------------------------------------------------------------------
 
 

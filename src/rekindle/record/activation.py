@@ -7,13 +7,14 @@ nodes everything goes by reference counting.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from rekindle.record.aliasing import Window
+from rekindle.record.aliasing import Tracked, Window
 from rekindle.record.modules import ModuleCall
 from rekindle.record.streams import Home
 from rekindle.record.torch_private import without_dispatch_modes
@@ -116,6 +117,13 @@ class Op:
         self.random: tuple[torch.Generator, torch.Tensor] | None = None
         self.guards: tuple[Guard, ...] = ()
 
+    def results(self) -> Iterator[Activation]:
+        """The activations it made that somebody still knows: what it returned, and what it wrote."""
+        for reference in (*self.outputs, *(new for _, new in self.writes)):
+            result = reference() if reference is not None else None
+            if result is not None:
+                yield result
+
     def __repr__(self) -> str:
         return f"{self.func} in {self.call.describe()}"
 
@@ -143,6 +151,8 @@ class Activation:
         last_use: number of the last op that read it, or of the one before which it was recomputed.
         position: among the evictable activations of a step that follows a plan, -1 if none does.
         home: address of the storage of `weak`, which the user can move to another one (`tensor.data = other`).
+        lender: the record of its storage if a twin is left there when it dies, None if not.
+        sums: checksums of its bytes, None if nobody compares them.
     """
 
     # Slots: with defaults on the class, most instances came to have a dictionary, which the collector walks as well.
@@ -156,6 +166,7 @@ class Activation:
         "is_marked",
         "key",
         "last_use",
+        "lender",
         "nbytes",
         "op",
         "overwritten",
@@ -164,6 +175,7 @@ class Activation:
         "retained",
         "snapshot",
         "storage",
+        "sums",
         "value_id",
         "version",
         "weak",
@@ -185,8 +197,26 @@ class Activation:
         self.readers: Sequence[weakref.ref[Op]] = ()
         self.handles: Sequence[weakref.ref[Any]] = ()
         self.overwritten = ""
+        self.lender: Tracked | None = None
+        self.sums: object = None
         self.key = self.home = self.last_use = 0
         self.value_id = self.position = -1
+
+    def __del__(self) -> None:
+        if self.lender is not None:
+            self.lender.take_back(self)
+
+    def twin(self) -> Activation:
+        """The same value again, held by nobody, for its op to know instead. A twin and not itself, which Python would
+        not tell of its end again."""
+        twin = copy.copy(self)
+        twin.held = twin.lender = None
+        twin.readers = twin.handles = ()
+        op = self.op
+        assert op is not None
+        op.outputs = [_instead(known, self, twin) for known in op.outputs]
+        op.writes = tuple((old, _instead(new, self, twin)) for old, new in op.writes)
+        return twin
 
     def add_handle(self, handle: Any) -> None:
         """Note that autograd saved it."""
@@ -260,15 +290,16 @@ class Activation:
         base = self.held if self.held is not None else self.watched()
         return base is not None and self.version is not None and base._version != self.version
 
-    def stale(self) -> bool:
-        """The same, for each read: a kernel that no dispatcher sees may have written, as `ctx.mark_dirty` then says."""
+    def stale(self, tensor: torch.Tensor) -> bool:
+        """The same, for each read, which is through `tensor`: a kernel that no dispatcher sees may have written, as
+        `ctx.mark_dirty` then says."""
         version = self.version
         if version is None:
             return False
         base = self.held
         if base is None and self.weak is not None:
             base = self.weak()
-        return base is not None and base._version != version
+        return (tensor if base is None else base)._version != version
 
     def is_source(self, but: Op | None = None) -> bool:
         """Whether something else may have to be recomputed from it, other than by `but`."""
@@ -314,3 +345,9 @@ class Activation:
         state = "live" if self.is_live else "evicted"
         mark = ", checkpoint" if self.is_checkpoint else ""
         return f"Activation({self.describe()}, {self.nbytes} bytes, {state}{mark})"
+
+
+def _instead(
+    known: weakref.ref[Activation] | None, one: Activation, twin: Activation
+) -> weakref.ref[Activation] | None:
+    return weakref.ref(twin) if known is not None and known() is one else known

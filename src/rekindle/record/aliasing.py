@@ -162,10 +162,21 @@ class Tracked(weakref.ref[torch.UntypedStorage]):
         """The storage holds this value now, and the activation itself keeps its bytes alive."""
         self.owned, self.lent = None, weakref.ref(activation)
 
+    def take_back(self, activation: Activation) -> None:
+        """Own a twin of an activation that dies, if somebody else keeps the bytes alive: they may be read again."""
+        if self.lent is None or self.lent() is not activation or activation.base() is None:
+            return
+        self.lent = None
+        activation.held = None  # the storage may die here
+        if self() is not None:
+            self.owned = activation.twin()
+
     def forget(self) -> None:
         """Make what the storage holds a leaf for the ops to come."""
         activation = self.activation
         self.owned = self.lent = None
+        if activation is not None:
+            activation.lender = None
         if activation is not None or self.past:
             past = [activation, *(reference() for reference in self.past)]
             self.past = [weakref.ref(a) for a in past if a is not None]
@@ -320,7 +331,9 @@ class Ledger:
         """Know the values without owning them: one that user code holds would keep, through its op, all that it was
         made from, though nothing is going to be computed from it."""
         for tracked in list(self.storages.values()):
-            owned = tracked.owned
+            owned, activation = tracked.owned, tracked.activation
+            if activation is not None:
+                activation.lender = None
             if owned is not None:
                 tracked.value_id = owned.value_id
                 tracked.lend(owned)

@@ -90,6 +90,7 @@ class Recorder(TorchDispatchMode):
         self._next_cut = _OPS_BETWEEN_CUTS
         self._unsettled: list[weakref.ref[Any]] = []
         self._graph_task = -1
+        self._loose = False  # a backward pass is running from which nothing will be recomputed
         self._unseen: tuple[int, str] | None = None  # the number and the name of the node that runs without us
         self._unseen_nbytes = 0
         self._ask_reads = False
@@ -359,7 +360,7 @@ class Recorder(TorchDispatchMode):
             if weak is not None:
                 known = weak()
             base = known if held is None else held
-            if version is not None and base is not None and base._version != version:
+            if version is not None and (tensor if base is None else base)._version != version:
                 activation = None
         if activation is None:
             activation = self._leaf(tensor, tracked)
@@ -403,7 +404,7 @@ class Recorder(TorchDispatchMode):
         """The argument that is written: the op reads the old version, unless it overwrites all of it."""
         storage = tensor.untyped_storage()
         tracked = self._storages.get(storage._cdata)
-        if tracked is None or (activation := tracked.activation) is None or activation.stale():
+        if tracked is None or (activation := tracked.activation) is None or activation.stale(tensor):
             activation = self._leaf(tensor, tracked)
             tracked = self._storages[storage._cdata]
         whole = traits.overwrites and tracked.nbytes > 0 and covers(tensor, storage.nbytes())
@@ -493,6 +494,8 @@ class Recorder(TorchDispatchMode):
         tracked = self._storages[activation.held.untyped_storage()._cdata]
         tracked.owned, tracked.lent = None, weakref.ref(activation)
         tracked.value_id = activation.value_id
+        if activation.op is not None and not self._loose:
+            activation.lender = tracked
 
     def first_read(self, activation: Activation, tensor: Tensor) -> Tensor:
         """Know a value through `tensor`, if nobody holds the recorded one any more, and its version through that.
@@ -793,10 +796,12 @@ class Recorder(TorchDispatchMode):
         self._settle()
         when_backward_ends(self._backward_ended)
         if not torch.is_grad_enabled():  # else what is computed now may be recomputed from what is there
+            self._loose = True
             self.ledger.loosen()
 
     def _backward_ended(self) -> None:
         self._graph_task = -1
+        self._loose = False
         self.cut()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 import zlib
 from dataclasses import dataclass
 
@@ -32,16 +31,13 @@ class Checksums:
     """The checksum of each activation that may be recomputed, taken when it is made and compared when autograd saves
     it, when it is recomputed, and when autograd asks for it."""
 
-    def __init__(self) -> None:
-        self._sums: weakref.WeakKeyDictionary[Activation, _Sums] = weakref.WeakKeyDictionary()
-
     def take(self, activation: Activation, tensor: torch.Tensor) -> None:
         """Remember what the bytes are now, of what may be recomputed.
 
         Others may well be written by kernels that nobody sees: whoever makes an empty tensor has it filled.
         """
         if activation.op is not None:
-            self._sums[activation] = _sums_of(tensor)
+            activation.sums = _sums_of(tensor)
 
     def compare(self, activation: Activation, tensor: torch.Tensor, *, saved: bool = False) -> None:
         """See that the bytes are what they were.
@@ -49,8 +45,8 @@ class Checksums:
         Raises:
             RecomputeMismatch: they are not.
         """
-        expected = self._sums.get(activation)
-        if expected is None:
+        expected = activation.sums
+        if not isinstance(expected, _Sums):
             return
         actual = _sums_of(tensor)
         if actual == expected:

@@ -209,8 +209,7 @@ def _evicted_after(activation: Activation) -> Iterator[float]:
             op = reference()
             if op is None or op.number in seen:
                 continue
-            made = (result() for result in [*op.outputs, *(new for _, new in op.writes)] if result is not None)
-            evicted = [result for result in made if result is not None and not result.is_live]
+            evicted = [result for result in op.results() if not result.is_live]
             if evicted:
                 seen.add(op.number)
                 yield op.seconds

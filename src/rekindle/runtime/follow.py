@@ -11,7 +11,7 @@ from rekindle._bytes import format_bytes
 from rekindle._errors import PlanMismatch
 from rekindle.graph import Graph, Plan, Turn
 from rekindle.graph.timeline import default_turns
-from rekindle.record.activation import Activation
+from rekindle.record.activation import Activation, Op
 from rekindle.record.schema import go_by_data
 
 Stream: TypeAlias = tuple[tuple[str, int], ...]
@@ -100,7 +100,7 @@ class Follower:
         self.step = planned[0] if planned else None
         self._position = 0
         self._demand = 0
-        self._activations: dict[int, weakref.ref[Activation]] = {}
+        self._makers: dict[int, weakref.ref[Op]] = {}
 
     def made(self, name: str, activation: Activation) -> bool:
         """Whether the next activation of the stream is kept; `name` is the op that made it."""
@@ -124,7 +124,8 @@ class Follower:
                 return False
         self._position = position + 1
         activation.position = position
-        self._activations[position] = weakref.ref(activation)
+        if activation.op is not None:
+            self._makers[position] = weakref.ref(activation.op)
         return step.keeps[position]
 
     def holds(self, activation: Activation) -> bool:
@@ -165,8 +166,8 @@ class Follower:
         step = self.step
         if step is None or not step.turns or self.departed:
             return None
-        reference = self._activations.get(activation.position)
-        if reference is None or reference() is not activation:
+        maker = self._makers.get(activation.position)
+        if maker is None or maker() is not activation.op:
             return None  # it belongs to another step
         if self._refuses and not self._demand and self._position < step.forward:
             raise _refusal(step, self._position, "the backward pass began")
@@ -184,12 +185,16 @@ class Follower:
     def drop(self, turn: Turn) -> None:
         """Let go of what the plan wants no longer."""
         for position in turn.dropped:
-            reference = self._activations.get(position)
-            activation = reference() if reference is not None else None
+            activation = self._at(position)
             if activation is None or activation.held is None:
                 continue
             if not (activation.is_marked or activation.snapshot):  # a snapshot may be the only way back
                 activation.release()
+
+    def _at(self, position: int) -> Activation | None:
+        maker = self._makers.get(position)
+        op = maker() if maker is not None else None
+        return next((made for made in op.results() if made.position == position), None) if op is not None else None
 
     def _depart(self) -> None:
         self.departed = True

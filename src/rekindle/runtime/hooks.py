@@ -96,7 +96,7 @@ class SavedTensors:
             activation = tracked.owned
             if activation is None and tracked.lent is not None:
                 activation = tracked.lent()
-            if activation is not None and activation.stale():
+            if activation is not None and activation.stale(tensor):
                 activation = None
         if self._snapshot and not tensor.is_inference():
             return self._handle(tensor, recorder.leaf(tensor) if activation is None else activation, call)

@@ -103,7 +103,6 @@ def _has_evicted_readers(activation: Activation, by: Op | None) -> bool:
         op = reference()
         if op is None or op is by:
             continue
-        results = [result() for result in [*op.outputs, *(new for _, new in op.writes)] if result is not None]
-        if any(result is not None and not result.is_live for result in results):
+        if any(not result.is_live for result in op.results()):
             return True
     return False
