@@ -310,12 +310,28 @@ READ_FOR_NOTHING = Program(
 )
 """A value that the plan keeps is read by an op whose result dies, and then by another."""
 
+DOUBLE = Program(
+    (
+        (
+            *(ADD, ADD, Do("cat", 0, 0, 0), GELU, Do("embedding", 0, 0, 0), Do("permuted", 0, 0, 0), ADD),
+            *(Do("normal_", 0, 1, 2), Do("rms_norm", 0, 3, 0), Do("normal_", 0, 1, 2)),
+        ),
+        (
+            *(Do("group_norm", 0, 1, 0, 3), Do("dropout", 0, 3, 0, 4), Do("scatter_", 3, 0, 1, 4)),
+            *(Do("norm", 1, 1, 1, 4), Do("dropout", 2, 0, 0, 7), Do("bernoulli_p", 0, 3, 0, 4)),
+        ),
+    ),
+    *(("double",) * 4, 128, True, "", True, False, None),
+)
+"""Nodes that ran under `create_graph` had held again what the plan had just let go of."""
+
 
 @fuzzed(50)
 @example(ASKED_EARLY, Limit(1.1))
 @example(TAKES_UNSEEN, Limit(0.9))
 @example(TAKES_UNSEEN, Limit(0.9, known=False))
 @example(READ_FOR_NOTHING, Limit(1.0))
+@example(DOUBLE, Limit(0.8, inplace="snapshot", min_nbytes=1024))
 @given(programs_within(), LIMITS)
 def test_any_budget(program: Program, limit: Limit) -> None:
     """Any program within any budget: no bit differs, and the allocator's own peak stays below."""

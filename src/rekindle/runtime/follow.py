@@ -186,9 +186,10 @@ class Follower:
         """Let go of what the plan wants no longer."""
         for position in turn.dropped:
             activation = self._at(position)
-            if activation is None or activation.held is None:
+            if activation is None or activation.is_marked:
                 continue
-            if not (activation.is_marked or activation.snapshot):  # a snapshot may be the only way back
+            activation.is_checkpoint = False  # else the node that asked would have it held again under `create_graph`
+            if not activation.snapshot:  # that may be the only way back
                 activation.release()
 
     def _at(self, position: int) -> Activation | None:
