@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import rekindle
 from helpers import random_states, seeded, set_random_states
 from rekindle import EvictionPolicy, Session
+from rekindle.record.torch_private import without_dispatch_modes
 
 REGISTERS = 4
 LARGEST = 4  # matrices in one register; what is larger is cut
@@ -265,6 +266,23 @@ class Cube(torch.autograd.Function):
         return gradient * (3 * x * x) + 0 * result
 
 
+class Kernel(torch.autograd.Function):
+    """Writes to what it reads, as a kernel that no dispatcher shows; only `mark_dirty` tells of it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        """Three quarters of x, in place."""
+        with without_dispatch_modes():
+            x.detach().mul_(0.75)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Saves nothing."""
+        return gradient * 0.75
+
+
 # -- instructions ------------------------------------------------------------------------------------------------------
 
 Instruction = Callable[[Machine, Tensor, Tensor, int], Any]
@@ -487,8 +505,12 @@ CONTROL: dict[str, Instruction] = {
     "hook": _hook,
     "look": lambda m, x, y, k: getattr(x.grad_fn, "_saved_result", None),
 }
+KERNELS: dict[str, Instruction] = {
+    "kernel_": lambda m, x, y, k: Kernel.apply(x),
+    "kernel_detached_": lambda m, x, y, k: nothing(Kernel.apply(x.detach())),
+}
 FAMILIES = (POINTWISE, LAYERS, VIEWS, SEVERAL, WRITES, WRITES, DRAWS, CONTROL)
-INSTRUCTIONS: dict[str, Instruction] = {name: run for family in FAMILIES for name, run in family.items()}
+INSTRUCTIONS: dict[str, Instruction] = {name: run for family in (*FAMILIES, KERNELS) for name, run in family.items()}
 ENDS = ("sum", "outside", "pieces", "twice", "double", "grad", "none")
 
 
@@ -664,6 +686,7 @@ _gradients = st.sampled_from([True, True, True, True, True, True, True, False])
 _names = st.one_of(*(st.sampled_from(sorted(family)) for family in FAMILIES))
 _deep = st.sampled_from(["gelu", "tanh", "square", "dropout", "norm", *sorted(LAYERS), *sorted(DRAWS)])
 anything = st.builds(Do, _names, _registers, _registers, _registers, st.integers(0, 7), _gradients)
+kernels = st.builds(Do, st.sampled_from(sorted(KERNELS)), _registers, _registers, _registers, st.integers(0, 7))
 layers = st.builds(Do, _deep, st.just(0), _registers, st.just(0), st.integers(0, 7))
 """One after the other on the first register: without these, most programs are as shallow as puddles."""
 faults = st.builds(Fault, st.integers(0, 1), st.integers(0, 8), st.booleans(), st.booleans())

@@ -594,6 +594,15 @@ def unseen_writes(net: Net, x: Tensor) -> Tensor:
     return (Unseen.apply(alias) @ net.v * net.b).mean() + F.gelu(x @ net.w).mean()
 
 
+@loss()
+def unseen_after_seen(net: Net, x: Tensor) -> Tensor:
+    """The same, of what an op wrote in place and nothing has read since."""
+    x = F.gelu(x @ net.w)
+    x.mul_(2)
+    Unseen.apply(x.detach())
+    return ((x @ net.v) * net.b).pow(2).mean()
+
+
 # -- views, aliases, writes -------------------------------------------------------------------------------------------
 
 

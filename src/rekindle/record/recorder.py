@@ -37,6 +37,7 @@ from rekindle.record.writes import (
     spare,
     tensors_in,
     uncounted_target,
+    version_after,
     watch_of,
     written_tensors,
 )
@@ -281,6 +282,9 @@ class Recorder(TorchDispatchMode):
             if backward:
                 tape.runs(current_node())
             tape.op(traits.name, inputs, outputs, call, op.seconds, backward, traits.random, self._room.temporaries)
+        for write, new in zip(written, made, strict=False):
+            if new is not None:
+                new.version = version_after(write, lists)
         return result
 
     def _hold_sources(self, made: list[Activation | None], written: list[Write]) -> None:

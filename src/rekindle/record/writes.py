@@ -53,6 +53,18 @@ class Write:
         return not all(disjoint(window, window_of(tensor)) for tensor in self.tensors)
 
 
+def version_after(write: Write, lists: Sequence[tuple[Tensor, int]]) -> int | None:
+    """The version of what is written, once autograd has counted the write; those to `lists` it has."""
+    target = write.tensors[0]
+    watch = target if write.watch is None else write.watch
+    if target.is_inference() or watch.is_inference():
+        return None
+    waits = write.counted and not any(tensor is target for tensor, _ in lists)
+    if waits and watch is not target:
+        waits = _counted_in([target], [watch]) == [True]
+    return watch._version + waits
+
+
 def count_no_write(activation: Activation, tensor: Tensor) -> None:
     """Autograd is about to count a write through `tensor`, though the bytes stay as they are."""
     watch = watch_of(activation)
