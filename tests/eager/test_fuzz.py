@@ -341,6 +341,18 @@ DOUBLE = Program(
 )
 """Nodes that ran under `create_graph` had held again what the plan had just let go of."""
 
+MARKED = Program(
+    (
+        (Do("rms_norm", 0, 1, 0, 5),),
+        (
+            *(Do("batch_norm", 0, 1, 0, 7), Do("scale", 0, 0, 0, 3), Do("mark", 0, 1, 2, 7)),
+            *(Do("layer_norm", 0, 2, 0, 2), GELU, Do("batch_norm", 0, 1, 0, 5), Do("batch_norm_alone", 0, 3, 0, 7)),
+        ),
+    ),
+    *(("sum",) * 4, 128, False, "", False, False, None),
+)
+"""User code holds the activation that `mark` returned, and so its bytes, longer than the tensor."""
+
 
 @fuzzed(50)
 @example(ASKED_EARLY, Limit(1.1))
@@ -348,6 +360,7 @@ DOUBLE = Program(
 @example(TAKES_UNSEEN, Limit(0.9, known=False))
 @example(READ_FOR_NOTHING, Limit(1.0))
 @example(DOUBLE, Limit(0.8, inplace="snapshot", min_nbytes=1024))
+@example(MARKED, Limit(0.8, min_nbytes=512))
 @given(programs_within(), LIMITS)
 def test_any_budget(program: Program, limit: Limit) -> None:
     """Any program within any budget: no bit differs, and the allocator's own peak stays below."""

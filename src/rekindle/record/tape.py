@@ -182,6 +182,9 @@ class Tape:
                 self._values[snapshot].dropped = len(self._ops)
         if tracked.recomputed:
             return
+        holder = tracked.lent() if tracked.lent is not None else None
+        if holder is not None and holder.is_marked and holder.is_needed():
+            return  # evicted for want of room, which no plan does
         for number in self._watched.pop(tracked.key, ()):
             draft = self._values[number]
             if draft.dropped is None:
@@ -223,6 +226,7 @@ class Tape:
             for number in self._watched.get(key, ()):
                 draft = self._values[number]
                 stays = not draft.evictable and draft.overwritten is None  # for what may be recomputed from it
+                stays = stays or holder.is_marked  # for whoever marked it
                 if draft.dropped is None and not stays:
                     draft.dropped = len(self._ops)
 
