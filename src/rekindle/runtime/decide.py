@@ -54,4 +54,5 @@ class Decisions:
 
     def before_write(self, activation: Activation, by: Op | None, saved: bool) -> None:
         """Save what is still needed of a value that is about to be overwritten."""
-        self._snapshots.before_write(activation, by, saved)
+        planned = self.follower is not None and not self.follower.departed
+        self._snapshots.before_write(activation, by, saved, planned)

@@ -40,14 +40,15 @@ class Snapshots:
         with self._lock:
             return sum(activation.nbytes for activation in self._alive())
 
-    def before_write(self, activation: Activation, by: Op | None, saved: bool) -> None:
-        """Copy an activation if the op `by` is about to destroy what only a copy can preserve.
+    def before_write(self, activation: Activation, by: Op | None, saved: bool, planned: bool = False) -> None:
+        """Copy an activation if the op `by` is about to destroy what only a copy can preserve, or what is cheaper to
+        copy than to recompute, unless the step is `planned`: plans count on what can be recomputed.
 
         `saved` says that autograd will ask for what is there now.
         """
         with self._lock:
             base = activation.base()
-            if base is None or not self._must_copy(activation, by, saved):
+            if base is None or not self._must_copy(activation, by, saved, planned):
                 activation.lose()
                 return
             self.cleanup_stale()  # before anything is evicted for the room that the copy takes
@@ -67,7 +68,7 @@ class Snapshots:
             self._taken = [weakref.ref(activation) for activation in self._alive()]
         return freed
 
-    def _must_copy(self, activation: Activation, by: Op | None, saved: bool) -> bool:
+    def _must_copy(self, activation: Activation, by: Op | None, saved: bool, planned: bool) -> bool:
         if activation.is_marked:
             return True
         if activation.op is None:
@@ -77,7 +78,7 @@ class Snapshots:
         missing = missing_ops(activation, _MOST_OPS)
         if missing.lost is not None or len(missing.ops) == _MOST_OPS:  # what was not looked at may be lost too
             return True
-        return sum(op.seconds for op in missing.ops) > activation.nbytes / _COPIED_PER_SECOND
+        return not planned and sum(op.seconds for op in missing.ops) > activation.nbytes / _COPIED_PER_SECOND
 
     def _take(self, activation: Activation, base: torch.Tensor, by: Op | None) -> None:
         if by is not None:
