@@ -353,6 +353,20 @@ MARKED = Program(
 )
 """User code holds the activation that `mark` returned, and so its bytes, longer than the tensor."""
 
+MARKED_INPUT = Program(
+    (
+        (
+            Do("mm_t", 2, 0, 0, 6),
+            Do("mark", 1, 2, 2),
+            Do("rand_like", 3, 0, 2),
+            Do("leaky_", 1, 0, 1),
+            Do("norm", 0, 1, 0),
+        ),
+    ),
+    *(("sum",) * 4, 128, True, "", True, False, None),
+)
+"""An input that is marked is written over. Its snapshot becomes stale, and goes for want of room only."""
+
 
 @fuzzed(50)
 @example(ASKED_EARLY, Limit(1.1))
@@ -361,6 +375,7 @@ MARKED = Program(
 @example(READ_FOR_NOTHING, Limit(1.0))
 @example(DOUBLE, Limit(0.8, inplace="snapshot", min_nbytes=1024))
 @example(MARKED, Limit(0.8, min_nbytes=512))
+@example(MARKED_INPUT, Limit(1.0, inplace="snapshot", min_nbytes=512))
 @given(programs_within(), LIMITS)
 def test_any_budget(program: Program, limit: Limit) -> None:
     """Any program within any budget: no bit differs, and the allocator's own peak stays below."""

@@ -109,6 +109,25 @@ def test_an_evicted_snapshot_stays_on_paper(sweeps, monkeypatch):
     assert (copy.dropped is None) == sweeps
 
 
+def test_a_stale_snapshot_that_was_swept_stays_on_paper(monkeypatch):
+    """A copy that nothing needs is there as long as user code has the mark of what it is a copy of, or until a sweep,
+    which a step that follows a plan may do without: plans that counted on it to go went over their budgets."""
+    monkeypatch.setattr("rekindle.runtime.snapshots._COPIED_PER_SECOND", float("inf"))
+    weight, x = torch.ones(32, 64, requires_grad=True), small_batch(0)
+    session = rekindle.Session(rekindle.KeepNone(), inplace="snapshot")
+    with session:
+        y = x.exp()
+        mark = session.mark(y)
+        loss = (y * weight).sum()
+        y.add_(1)
+        loss.backward()
+        session.sweep()
+    assert not mark.is_live
+    assert session.graph is not None
+    (copy,) = (value for value in session.graph.values if value.why_kept == "a snapshot")
+    assert copy.dropped is None
+
+
 @pytest.mark.parametrize("policy", [None, rekindle.KeepNone()], ids=repr)
 def test_what_cannot_be_made_again_stays(policy):
     """A value that no replay can make goes with the last that was made of it, not when user code lets go of it: plans

@@ -50,6 +50,14 @@ class _Asked:
     until: int = 0
 
 
+@dataclass(slots=True)
+class _Copy:
+    """A snapshot that is there."""
+
+    value: int
+    source: weakref.ref[Activation]
+
+
 class Tape:
     """Collects ops and values as ids; `graph()` makes them a frozen `Graph`.
 
@@ -63,7 +71,7 @@ class Tape:
         self._running: list[_Asked] = []
         self._node = -1
         self._watched: dict[int, list[int]] = {}
-        self._snapshots: dict[int, int] = {}
+        self._snapshots: dict[int, _Copy] = {}
         self._tensors: dict[int, weakref.ref[torch.Tensor]] = {}
         self._left: set[int] = set()
         self._states = self._standing = 0
@@ -102,14 +110,15 @@ class Tape:
 
     def copied(self, write: Write) -> list[int]:
         """The id of the snapshot that was taken before a write, as made by the op written down next; none if none was.
-        It stays until nothing needs it any more."""
+        It stays as long as what it is a copy of."""
         old = write.old
         tracked = self._ledger.find(old.held) if old.snapshot and old.held is not None else None
         if tracked is None or tracked.key in self._snapshots:
             return []
         shape, dtype = tuple(old.window[0]), str(old.window[3]).removeprefix("torch.")
         draft = _Draft(tracked.nbytes, None, shape, dtype, "", False, why_kept="a snapshot")
-        number = self._snapshots[tracked.key] = self._add(draft) - self._base
+        number = self._add(draft) - self._base
+        self._snapshots[tracked.key] = _Copy(number, weakref.ref(old))
         return [number]
 
     def values_read(self, ledger: Ledger, args: Sequence[Any], kwargs: dict[str, Any]) -> list[int]:
@@ -176,10 +185,8 @@ class Tape:
     def died(self, tracked: Tracked) -> None:
         """Note the end of a storage."""
         snapshot = self._snapshots.pop(tracked.key, None)
-        if snapshot is not None:
-            source = tracked.lent() if tracked.lent is not None else None
-            if source is None or not source.is_needed():  # else it was evicted, which a plan does not do
-                self._values[snapshot].dropped = len(self._ops)
+        if snapshot is not None and snapshot.source() is None:  # else it made room, which a plan does not ask of it
+            self._values[snapshot.value].dropped = len(self._ops)
         if tracked.recomputed:
             return
         holder = tracked.lent() if tracked.lent is not None else None
