@@ -367,6 +367,19 @@ MARKED_INPUT = Program(
 )
 """An input that is marked is written over. Its snapshot becomes stale, and goes for want of room only."""
 
+READ_AFTER = Program(
+    (
+        (
+            Do("batch_norm_alone"),
+            Do("inner_gradient", 0, 0, 1),
+            Do("gelu", 2, 0, 1),
+            Do("dropout"),
+        ),
+    ),
+    *(("grad",) * 4, 128, False, "", False, False, None),
+)
+"""A value is read after a backward pass has asked for it the last time."""
+
 
 @fuzzed(50)
 @example(ASKED_EARLY, Limit(1.1))
@@ -376,6 +389,8 @@ MARKED_INPUT = Program(
 @example(DOUBLE, Limit(0.8, inplace="snapshot", min_nbytes=1024))
 @example(MARKED, Limit(0.8, min_nbytes=512))
 @example(MARKED_INPUT, Limit(1.0, inplace="snapshot", min_nbytes=512))
+@example(READ_AFTER, Limit(1.1))
+@example(READ_AFTER, Limit(1.1, inplace="snapshot"))
 @given(programs_within(), LIMITS)
 def test_any_budget(program: Program, limit: Limit) -> None:
     """Any program within any budget: no bit differs, and the allocator's own peak stays below."""

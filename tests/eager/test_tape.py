@@ -128,6 +128,24 @@ def test_a_stale_snapshot_that_was_swept_stays_on_paper(monkeypatch):
     assert copy.dropped is None
 
 
+def test_what_is_read_after_a_backward_pass_stays():
+    """Nobody can evict a value that an op reads after the backward pass of what it was made for, as long as something
+    may be recomputed from it: plans that counted on it to go with user code's tensor went over their budgets."""
+    weight, x = torch.ones(32, 64, requires_grad=True), small_batch(0).requires_grad_()
+
+    def forward() -> torch.Tensor:
+        y = x.exp()
+        y.sum().backward()
+        z = y.detach() * 2
+        del y
+        return z * weight
+
+    graph = graph_of(rekindle.KeepNone(), forward)
+    (value,) = (graph.values[op.outputs[0]] for op in graph.ops if ".exp." in op.name)
+    assert value.evictable
+    assert value.dropped is None or value.dropped > graph.demands[-1].before
+
+
 @pytest.mark.parametrize("policy", [None, rekindle.KeepNone()], ids=repr)
 def test_what_cannot_be_made_again_stays(policy):
     """A value that no replay can make goes with the last that was made of it, not when user code lets go of it: plans

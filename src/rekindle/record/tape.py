@@ -232,8 +232,8 @@ class Tape:
                 continue
             for number in self._watched.get(key, ()):
                 draft = self._values[number]
-                stays = not draft.evictable and draft.overwritten is None  # for what may be recomputed from it
-                stays = stays or holder.is_marked  # for whoever marked it
+                source = holder.op is None or not draft.evictable  # stays for what may be recomputed from it
+                stays = holder.is_marked or (source and draft.overwritten is None)
                 if draft.dropped is None and not stays:
                     draft.dropped = len(self._ops)
 
