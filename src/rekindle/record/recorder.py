@@ -101,6 +101,7 @@ class Recorder(TorchDispatchMode):
         """Make every value there is a leaf for the ops to come: a forward never reaches back into an older one."""
         self._settle()
         self._to_hold.clear()  # of an op that failed
+        self._loose = False
         self.ledger.forget_activations()
         self.saves = 0
         self._next_cut = self.number + _OPS_BETWEEN_CUTS
@@ -805,7 +806,6 @@ class Recorder(TorchDispatchMode):
 
     def _backward_ended(self) -> None:
         self._graph_task = -1
-        self._loose = False
         self.cut()
 
 

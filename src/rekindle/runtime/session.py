@@ -518,7 +518,8 @@ class Session:
     # -- what the user asks ------------------------------------------------------------------------------------------
 
     def mark(self, tensor: torch.Tensor) -> Activation:
-        """Make the activation that `tensor` looks at a checkpoint: it is kept, whatever the policy says.
+        """Make the activation that `tensor` looks at a checkpoint: it is kept, whatever the policy says, as long as
+        something needs it or you hold what this returns.
 
         Raises:
             UnknownTensor: the session never saw `tensor`, or does not see now.
