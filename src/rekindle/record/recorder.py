@@ -283,10 +283,16 @@ class Recorder(TorchDispatchMode):
             if backward:
                 tape.runs(current_node())
             tape.op(traits.name, inputs, outputs, call, op.seconds, backward, traits.random, self._room.temporaries)
-        for write, new in zip(written, made, strict=False):
+        if written:
+            self._expect(written, made, lists)
+        return result
+
+    def _expect(self, written: list[Write], made: list[Activation | None], lists: Sequence[tuple[Tensor, int]]) -> None:
+        """Know the versions of what was written, which autograd is about to count: whatever else counts is no part of
+        the op."""
+        for write, new in zip(written, made, strict=False):  # what was written comes first
             if new is not None:
                 new.version = version_after(write, lists)
-        return result
 
     def _hold_sources(self, made: list[Activation | None], written: list[Write]) -> None:
         """Hold the checkpoints that an op read if it made anything, or they would go with the op, which nobody owns.
