@@ -367,6 +367,9 @@ MARKED_INPUT = Program(
 )
 """An input that is marked is written over. Its snapshot becomes stale, and goes for want of room only."""
 
+MARKED_BEFORE = program_of(Do("mark"), Do("batch_norm_alone"), Do("gelu", 0, 0, 3), Do("square", 3), ends=3, width=128)
+"""A marked value is read once, by what never asks for it."""
+
 READ_AFTER = Program(
     (
         (
@@ -389,6 +392,8 @@ READ_AFTER = Program(
 @example(DOUBLE, Limit(0.8, inplace="snapshot", min_nbytes=1024))
 @example(MARKED, Limit(0.8, min_nbytes=512))
 @example(MARKED_INPUT, Limit(1.0, inplace="snapshot", min_nbytes=512))
+@example(MARKED_BEFORE, Limit(1.1))
+@example(MARKED_BEFORE, Limit(1.1, inplace="snapshot"))
 @example(READ_AFTER, Limit(1.1))
 @example(READ_AFTER, Limit(1.1, inplace="snapshot"))
 @given(programs_within(), LIMITS)

@@ -128,6 +128,28 @@ def test_a_stale_snapshot_that_was_swept_stays_on_paper(monkeypatch):
     assert copy.dropped is None
 
 
+@pytest.mark.parametrize("sweeps", [False, True])
+def test_what_is_marked_stays(sweeps):
+    """A marked value is there until its mark and all that may ask for it are gone, whatever a plan says, also if
+    a sweep took it of the recorded step: plans that counted on it to go with the tensor went over their budgets."""
+    weight, x = torch.ones(32, 64, requires_grad=True), small_batch(0)
+    session = rekindle.Session(rekindle.KeepNone())
+    with session:
+        y = x.exp()
+        mark = session.mark(y)
+        z = (y * weight).sin()
+        del y
+        z = z.cos()
+        if sweeps:
+            assert session.sweep(EvictionPolicy.AGGRESSIVE).checkpoints == 1
+        z.sum().backward()
+    del mark
+    assert session.graph is not None
+    (value,) = (session.graph.values[op.outputs[0]] for op in session.graph.ops if ".exp." in op.name)
+    assert value.evictable
+    assert value.dropped is None
+
+
 def test_what_is_read_after_a_backward_pass_stays():
     """Nobody can evict a value that an op reads after the backward pass of what it was made for, as long as something
     may be recomputed from it: plans that counted on it to go with user code's tensor went over their budgets."""

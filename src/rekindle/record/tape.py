@@ -190,11 +190,10 @@ class Tape:
         if tracked.recomputed:
             return
         holder = tracked.lent() if tracked.lent is not None else None
-        if holder is not None and holder.is_marked and holder.is_needed():
-            return  # evicted for want of room, which no plan does
+        evicted = holder.value_id - self._base if holder is not None and holder.is_marked else -1
         for number in self._watched.pop(tracked.key, ()):
             draft = self._values[number]
-            if draft.dropped is None:
+            if draft.dropped is None and number != evicted:
                 draft.dropped = len(self._ops)
 
     def runs(self, node: int) -> None:
@@ -232,9 +231,8 @@ class Tape:
                 continue
             for number in self._watched.get(key, ()):
                 draft = self._values[number]
-                source = holder.op is None or not draft.evictable  # stays for what may be recomputed from it
-                stays = holder.is_marked or (source and draft.overwritten is None)
-                if draft.dropped is None and not stays:
+                stays = holder.op is None or holder.is_marked or not draft.evictable  # whatever a plan says
+                if draft.dropped is None and not (stays and draft.overwritten is None):
                     draft.dropped = len(self._ops)
 
     def op(
