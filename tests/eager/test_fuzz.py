@@ -370,6 +370,9 @@ MARKED_INPUT = Program(
 MARKED_BEFORE = program_of(Do("mark"), Do("batch_norm_alone"), Do("gelu", 0, 0, 3), Do("square", 3), ends=3, width=128)
 """A marked value is read once, by what never asks for it."""
 
+BRANCH = program_of(Do("rand_like", 2, 0, 0), Do("branch", 0, 2), Do("tanh", 3, 1, 3), ends=4, width=128)
+"""By its data, a step goes as another plan says than the one that it began with."""
+
 READ_AFTER = Program(
     (
         (
@@ -394,6 +397,8 @@ READ_AFTER = Program(
 @example(MARKED_INPUT, Limit(1.0, inplace="snapshot", min_nbytes=512))
 @example(MARKED_BEFORE, Limit(1.1))
 @example(MARKED_BEFORE, Limit(1.1, inplace="snapshot"))
+@example(BRANCH, Limit(1.1))
+@example(BRANCH, Limit(1.1, inplace="snapshot"))
 @example(READ_AFTER, Limit(1.1))
 @example(READ_AFTER, Limit(1.1, inplace="snapshot"))
 @given(programs_within(), LIMITS)

@@ -201,6 +201,36 @@ def test_departs() -> None:
     assert session.stats.departures == 1
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["kept by the first", "kept by the second"])
+def test_takes_another_branch(kept: bool) -> None:
+    """A step that turns out to go as another plan says lets go of what only the plan that it began with keeps: with
+    that, it went over its budget. What only the other plan keeps is held when it is read again."""
+    weight, x = torch.ones(256, 64, requires_grad=True), small_batch(0, rows=256)
+
+    def step(session: rekindle.Session, branch: Callable[[Tensor], Tensor]) -> list[bool]:
+        seen: list[bool] = []
+        with session:
+            y = x.exp()
+            made = session._ledger.find(y).activation
+            z = y * weight
+            seen.append(made.held is not None)
+            z = branch(z)
+            z = z + y * weight
+            del y
+            seen.append(made.is_live)
+            z.sum().backward()
+        return seen
+
+    session = rekindle.Session(memory_budget="1GiB")
+    for branch, keeps in ((torch.cos, not kept), (torch.sin, kept)):
+        recorded = rekindle.Session(rekindle.KeepNone())
+        step(recorded, branch)
+        exp = next(op.outputs[0] for op in recorded.graph.ops if ".exp." in op.name)
+        session._learner.plans.add(recorded.graph, rekindle.Plan(frozenset({exp} if keeps else ())))
+    assert step(session, torch.cos) == [kept, not kept]
+    assert session.last_step.departures == 0
+
+
 def test_shapes_seen_before() -> None:
     """Batches of another size never follow a plan made for this one: they are recorded, planned, and after that each
     size follows its own at once, without departing."""

@@ -13,6 +13,7 @@ from rekindle.graph import Graph, Plan, Turn
 from rekindle.graph.timeline import default_turns
 from rekindle.record.activation import Activation, Op
 from rekindle.record.schema import go_by_data
+from rekindle.runtime.replay import missing_ops
 
 Stream: TypeAlias = tuple[tuple[str, int], ...]
 """The evictable activations of a step in the order made: the op that made each, and its bytes."""
@@ -122,6 +123,7 @@ class Follower:
                     )
                 self._depart()
                 return False
+            self._change(before, step)
         self._position = position + 1
         activation.position = position
         if activation.op is not None:
@@ -201,6 +203,18 @@ class Follower:
         self.departed = True
         if self.on_departure is not None:
             self.on_departure()
+
+    def _change(self, before: PlannedStep, step: PlannedStep) -> None:
+        """Let go of what only the plan that was followed so far keeps. What only the other one keeps is held when it is
+        read or saved again."""
+        for position in range(self._position):
+            keeps = step.keeps[position]
+            activation = self._at(position) if keeps is not before.keeps[position] else None
+            if activation is None or activation.is_marked:
+                continue
+            activation.is_checkpoint = keeps
+            if not keeps and not activation.snapshot and missing_ops(activation).lost is None:
+                activation.release()
 
     def _other(self, position: int, name: str, nbytes: int) -> PlannedStep | None:
         assert self.step is not None
