@@ -359,11 +359,11 @@ def test_every_replay(name: str, failing: Any, fault: str, late: bool) -> None:
 class Interrupt:
     """Raises a KeyboardInterrupt at the k-th line of Rekindle's own code that runs, as Ctrl-C would.
 
-    Not in callbacks of weak references and of the engine, from which Python prints an exception and goes on, and not
-    while a session is entered or left: there a plain `with` statement can be cut in two as well.
+    Not in callbacks of weak references and of the engine or in `__del__`, after which Python prints an exception and
+    goes on, and not while a session is entered or left: there a plain `with` statement can be cut in two as well.
     """
 
-    SPARED = frozenset({"_died", "on_death", "_count_eviction", "__enter__", "__exit__", "_forget"})
+    SPARED = frozenset({"_died", "__del__", "on_death", "_count_eviction", "__enter__", "__exit__", "_forget"})
 
     def __init__(self, number: int) -> None:
         self.left, self.where = number, ""

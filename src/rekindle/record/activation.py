@@ -203,8 +203,9 @@ class Activation:
         self.value_id = self.position = -1
 
     def __del__(self) -> None:
-        if self.lender is not None:
-            self.lender.take_back(self)
+        lender = getattr(self, "lender", None)  # not there if making it was interrupted
+        if lender is not None:
+            lender.take_back(self)
 
     def twin(self) -> Activation:
         """The same value again, held by nobody, for its op to know instead. A twin and not itself, which Python would
