@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rekindle
 from helpers import same_bits, small_batch
 from rekindle.record.kernels import NODES, node_nbytes
-from rekindle.record.recorder import Recorder
 from rekindle.record.schema import BRANCHING_NODES, traits_of
 from rekindle.record.torch_private import AllocatorWatch, conjugating, step_aside
+from rekindle.record.unseen import UnseenNodes
 from watch import log_replays, modes
 
 
@@ -187,7 +187,7 @@ def test_a_mode_is_not_back_after_a_node_that_failed() -> None:
 def test_room_is_made_only_for_what_runs_unseen(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in a backward pass outside of the session, and not where another mode keeps the recorder in its place."""
     made: list[str] = []
-    monkeypatch.setattr(Recorder, "runs_unseen", lambda self, node, saved: made.append(node))
+    monkeypatch.setattr(UnseenNodes, "asks", lambda self, node, saved: made.append(node))
     x = X.clone().requires_grad_()
     with rekindle.Session(rekindle.KeepNone(), min_nbytes=0):
         loss = x.sin().max()

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rekindle.record.activation import Activation, Guard, Op, Ref, Scratch
 from rekindle.record.aliasing import Ledger, Tracked, covers, window_of
-from rekindle.record.kernels import node_nbytes
 from rekindle.record.modules import ModuleCall, ModuleStack
 from rekindle.record.schema import KNOWN, Traits, trains, traits_of, why_opaque
 from rekindle.record.seams import Checksums, Keeper, Room
@@ -92,8 +91,6 @@ class Recorder(TorchDispatchMode):
         self._unsettled: list[weakref.ref[Any]] = []
         self._graph_task = -1
         self._loose = False  # a backward pass is running from which nothing will be recomputed
-        self._unseen: tuple[int, str] | None = None  # the number and the name of the node that runs without us
-        self._unseen_nbytes = 0
         self._ask_reads = False
         self._to_hold: list[tuple[Activation, Tensor]] = []
 
@@ -729,7 +726,7 @@ class Recorder(TorchDispatchMode):
                 self._displace(op, write)
         if tape is None:
             return self._count(result)
-        outputs = [tape.plain_value(tracked) for tracked in self._count_new(result)]
+        outputs = [tape.plain_value(tracked) for tracked in self.count_new(result)]
         outputs += [copy for write in (*written, *past) for copy in tape.copied(write)]
         if backward:
             tape.runs(current_node())
@@ -737,7 +734,7 @@ class Recorder(TorchDispatchMode):
         tape.op(traits.name, inputs, outputs, call, seconds, backward, traits.random, temporaries)
         return result
 
-    def _count_new(self, result: Any) -> list[Tracked]:
+    def count_new(self, result: Any) -> list[Tracked]:
         """Count what nothing will be recomputed from; returns the storages that are new."""
         keys = [tensor.untyped_storage()._cdata for tensor in tensors_in(result) if _has_storage(tensor)]
         new = [key for key in dict.fromkeys(keys) if key not in self._storages]
@@ -769,35 +766,14 @@ class Recorder(TorchDispatchMode):
                 count_no_write(value, tensor)
         return result
 
-    def steps_aside(self, node: str) -> None:
-        """Note that the running node of the backward pass does without the recorder."""
-        self._unseen, self._unseen_nbytes = (current_node(), node), 0
-
-    @property
-    def unseen_node(self) -> str:
-        """The name of the running node if it does without the recorder."""
-        return self._unseen[1] if self._unseen is not None and self._unseen[0] == current_node() else ""
-
-    def runs_unseen(self, node: str, saved: Tensor) -> None:
-        """Make room for what a node of the backward pass allocates that runs without the recorder, and count it.
-        `saved` is what it asks for.
+    def make_room(self, nbytes: int, node: str) -> None:
+        """Make room for what a node of the backward pass allocates out of sight, and count it.
 
         Raises:
             BudgetInfeasible: it does not fit.
         """
-        nbytes = node_nbytes(node, saved)
         self._room.make(nbytes, node, self.modules.current)
         self.ledger.note(nbytes)
-        self._unseen_nbytes = max(self._unseen_nbytes, nbytes)
-
-    def ran_unseen(self, node: str, gradients: Any) -> None:
-        """Know what such a node returned, and write it down as one op."""
-        nbytes, self._unseen = self._unseen_nbytes, None
-        tape, call = self.tape, self.modules.current
-        new = self._count_new(gradients)
-        if tape is not None:
-            temporaries = max(0, nbytes - sum(tracked.nbytes for tracked in new))
-            tape.op(node, [], [tape.plain_value(tracked) for tracked in new], call, 0.0, True, False, temporaries)
 
     def backward_begins(self, graph_task: int) -> None:
         """Note that a backward pass is running, unless it is known."""

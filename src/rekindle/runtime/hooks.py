@@ -12,7 +12,6 @@ from rekindle._errors import SavedTensorModified
 from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Window, look, window_of
 from rekindle.record.modules import ModuleCall
-from rekindle.record.schema import BRANCHING_NODES
 from rekindle.record.torch_private import (
     at_recorded_level,
     current_graph_task,
@@ -22,6 +21,7 @@ from rekindle.record.torch_private import (
     when_backward_ends,
     without_dispatch_modes,
 )
+from rekindle.record.unseen import UnseenNodes
 
 if TYPE_CHECKING:
     from rekindle.record.recorder import Recorder
@@ -81,6 +81,7 @@ class SavedTensors:
         self._replayer = replayer
         self._saved = saved
         self._graph_task = -1
+        self._unseen = UnseenNodes(recorder)
 
     def pack(self, tensor: torch.Tensor) -> Handle | Saved:
         """Called by autograd when it saves a tensor."""
@@ -127,7 +128,7 @@ class SavedTensors:
                 tape.asked(tracked.value_id, current_node())
             tensor = self._check(packed)
             if unseen:
-                self._recorder.runs_unseen(unseen, tensor)
+                self._unseen.asks(unseen, tensor)
             return tensor
         activation = packed.activation
         if tape is not None:
@@ -149,7 +150,7 @@ class SavedTensors:
         elif activation.retained and not activation.pending(graph_task):
             self._replayer.leave(activation)
         if unseen:
-            self._recorder.runs_unseen(unseen, tensor)
+            self._unseen.asks(unseen, tensor)
         return tensor
 
     def _backward_begins(self, graph_task: int) -> None:
@@ -165,12 +166,9 @@ class SavedTensors:
     def _step_aside(self) -> str:
         """Have the running node do without the recorder, if it would do otherwise with it or nobody has to watch.
         Returns its name if somebody had to."""
-        recorder = self._recorder
-        if self.aside is not None and self.aside.active and recorder.is_at_home:
-            return step_aside(recorder, None)
-        if node := step_aside(recorder, BRANCHING_NODES, recorder.ran_unseen):
-            recorder.steps_aside(node)
-        return recorder.unseen_node
+        if self.aside is not None and self.aside.active and self._recorder.is_at_home:
+            return step_aside(self._recorder, None)
+        return self._unseen.step_aside()
 
     def _refuse_changed(self, activation: Activation) -> None:
         """Refuse what plain autograd refuses."""
