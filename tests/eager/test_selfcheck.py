@@ -117,7 +117,7 @@ def one_score(patch: pytest.MonkeyPatch) -> None:
 @breaks(3, "bytes in snapshots after the write: expected 8192, saw 0")
 def no_snapshots(patch: pytest.MonkeyPatch) -> None:
     """Nothing is copied before a write."""
-    patch.setattr(Snapshots, "_must_copy", lambda self, activation, by, saved: False)
+    patch.setattr(Snapshots, "_must_copy", lambda self, activation, by, saved, planned: False)
 
 
 @breaks(4, "always safe: the checkpoint is live: expected True, saw False")
