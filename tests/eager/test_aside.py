@@ -1,5 +1,5 @@
-"""Backward passes like one that was watched run without the recorder, as far as nobody else's code runs in them: the
-numbers are the same, the statistics too, and what has to be seen is seen."""
+"""Backward passes like one that was watched run without the recorder, or most of their nodes do if anybody else's code
+may run in them: the numbers are the same, the statistics too, and what has to be seen is seen."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rekindle
 from helpers import Managed, assert_same, live_activations, others_nbytes, same_bits, small_batch, small_model, train
 from peak import peak_bytes
-from rekindle.record.recorder import Recorder
-from rekindle.record.torch_private import current_graph_task
+from rekindle.record import recorder
+from rekindle.record.torch_private import current_graph_task, modes_and_hooks
 from rekindle.runtime import aside
 from rekindle.runtime.aside import Aside
 from rekindle.runtime.pressure import FakeReader, Pressure
@@ -24,16 +25,15 @@ Seen = list[int]
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """Grows by one for each op of a backward pass that a recorder is shown."""
+    """Grows by one for each op of a backward pass that a recorder is shown, views not counted."""
     numbers: Seen = []
-    dispatch = Recorder.__torch_dispatch__
 
-    def spy(self: Recorder, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if current_graph_task() != -1:
+    def spy() -> int:
+        if (graph_task := current_graph_task()) != -1:
             numbers.append(1)
-        return dispatch(self, func, types, args, kwargs)
+        return graph_task
 
-    monkeypatch.setattr(Recorder, "__torch_dispatch__", spy)
+    monkeypatch.setattr(recorder, "current_graph_task", spy)
     return numbers
 
 
@@ -92,12 +92,12 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_later_steps_are_watched_less(name: str, seen: Seen) -> None:
-    """Once a step was watched that was not recorded, those like it are watched in less than half of their ops."""
+    """Once a step was watched that was not recorded, nobody watches the backward pass of those like it."""
     session = MAKERS[name]()
     counts = watched(seen, session, steps=8)
     assert session.last_step.ops_replayed > 0
-    assert 0 < 2 * counts[-1] < counts[1]
-    assert counts[-1] == counts[-2] == counts[-3]
+    assert counts[1] > 0
+    assert counts[-3:] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -203,6 +203,136 @@ def test_recorded_steps_are_watched(seen: Seen) -> None:
 
 
 # -- what has to be seen is seen ---------------------------------------------------------------------------------------
+
+
+def nothing(*_: object) -> None:
+    """A hook that does nothing, or not yet."""
+
+
+def on_saved(x: Tensor) -> Tensor:
+    """A hook on what autograd saves."""
+    y = x.sin()
+    y.register_hook(nothing)
+    return y.cos()
+
+
+class Doubled(torch.autograd.Function):
+    """Somebody's own formula."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def globally(register: Callable[..., Any]) -> Callable[[nn.Module], Any]:
+    """A hook on all modules there are."""
+    return lambda model: register(nothing)
+
+
+OTHERS: dict[str, Callable[[nn.Module], Any]] = {
+    "hook of a parameter": lambda model: model[0].norm.weight.register_hook(nothing),
+    "hook after a gradient is complete": lambda model: model[0].norm.weight.register_post_accumulate_grad_hook(nothing),
+    "hook of a module": lambda model: model[1].register_full_backward_hook(nothing),
+    "hook before a module": lambda model: model[1].register_full_backward_pre_hook(nothing),
+    "hook of all modules": globally(torch.nn.modules.module.register_module_full_backward_hook),
+    "hook before all modules": globally(torch.nn.modules.module.register_module_full_backward_pre_hook),
+    "hook of what is saved": lambda model: model[1].register_forward_hook(lambda module, args, y: on_saved(y)),
+    "custom function": lambda model: model[1].register_forward_hook(lambda module, args, y: Doubled.apply(y)),
+    "hook that computes": lambda model: model[1].register_forward_hook(lambda module, args, y: computing(y)),
+}
+
+
+def computing(x: Tensor) -> Tensor:
+    """A hook on what nobody saves, which runs an op."""
+    y = x + 1
+    y.register_hook(lambda grad: grad * 2)
+    return y + 1
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("since", [0, 4])
+def test_others_are_watched(other: str, since: int, seen: Seen) -> None:
+    """Where hooks or custom functions may run, from the first step on or since some steps that nobody watched, the
+    recorder steps aside only while PyTorch's own nodes run."""
+    session, handles = rekindle.Session(rekindle.KeepNone()), list[Any]()
+
+    def run(model: nn.Module, number: int, managed: Managed) -> Tensor:
+        while number == 0 and handles:  # of the plain training
+            handles.pop().remove()
+        if number == since:
+            handles.append(OTHERS[other](model))
+        return step(model, number, managed)
+
+    try:
+        counts = watched(seen, session, run, steps=since + 4)
+    finally:
+        handles.pop().remove()
+    assert since == 0 or 0 in counts[:since]
+    assert 0 < counts[-1] < counts[1]
+
+
+def test_modes_of_others_see_all(seen: Seen) -> None:
+    """Another dispatch mode that is active sees each op, and leaves the recorder where it is."""
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def logged(model: nn.Module, number: int, managed: Managed) -> Tensor:
+        with managed:
+            loss = model(batch(number)).square().mean()
+            names.clear()
+            with Log():
+                loss.backward()
+            counts.append(len(names))
+        return loss
+
+    names, counts = list[str](), list[int]()
+    watched(seen, rekindle.Session(rekindle.KeepNone()), logged)
+    assert len(set(counts[2:6])) == len(set(counts[8:])) == 1
+
+
+def test_gradients_asked_for_are_not_watched(seen: Seen) -> None:
+    """`autograd.grad` and `autograd.backward` are as `Tensor.backward`."""
+
+    def asked(model: nn.Module, number: int, managed: Managed) -> Tensor:
+        with managed:
+            loss = model(batch(number)).square().mean()
+            if number % 2:
+                torch.autograd.backward([loss])
+            else:
+                parameters = list(model.parameters())
+                for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                    parameter.grad = grad
+        return loss
+
+    assert watched(seen, rekindle.Session(rekindle.KeepNone()), asked, steps=8)[-2:] == [0, 0]
+
+
+def test_the_recorder_is_back_after_an_error(seen: Seen) -> None:
+    """A backward pass that nobody watched, and that fails, leaves the session as it was."""
+    torch.manual_seed(0)
+    model, session = small_model(), rekindle.Session(rekindle.KeepNone())
+    for number in range(4):
+        step(model, number, session)
+    seen.clear()
+    with session:
+        loss = model(batch(4)).square().mean()
+        with pytest.raises(RuntimeError, match="shape"):
+            loss.backward(torch.ones(3))
+        assert modes_and_hooks()[0] == (session._recorder,)
+        loss.backward()
+    assert seen  # a second pass
+    step(model, 5, session)
+    seen.clear()
+    step(model, 6, session)
+    assert not seen
 
 
 def stepping(model: nn.Module, every: int) -> Callable[[nn.Module, int, Managed], Tensor]:
@@ -379,16 +509,32 @@ class Paper:
     peak_nbytes = 0
 
 
-def played(decision: Aside, ledger: Paper, peak: int, graph_tasks: tuple[int, ...] = (1,)) -> list[bool]:
+def decides(
+    ledger: Paper,
+    gradients: Callable[[], int] = lambda: 0,
+    fits: Callable[[int], bool] = lambda nbytes: True,
+    alone: Callable[[], bool] = lambda: True,
+) -> Aside:
+    """A decision on paper."""
+    return Aside(ledger, lambda: 0, gradients, fits, alone)
+
+
+def played(decision: Aside, ledger: Paper, peak: int, passes: int = 1) -> list[bool]:
     """Play a step. Returns what was decided at each backward pass."""
     ledger.live_nbytes = ledger.peak_nbytes = 100
     decision.begin(True)
     ledger.live_nbytes = ledger.peak_nbytes = 300
-    decided = [decision.backward_begins(number) for number in graph_tasks]
+    decided = [begun(decision) for _ in range(passes)]
     if not any(decided):
         ledger.peak_nbytes = peak
     ledger.live_nbytes = 0
     return decided
+
+
+def begun(decision: Aside) -> bool:
+    """Begin a backward pass. Returns whether the recorder steps aside in it."""
+    decision.backward_begins()
+    return decision.active
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -400,29 +546,47 @@ def test_not_where_memory_might_run_out(fits: bool) -> None:
         asked.append(nbytes)
         return fits
 
-    decision = Aside(ledger, lambda: 0, lambda: 0, ask)
+    decision = decides(ledger, fits=ask)
     assert played(decision, ledger, 900) == [False]
     decision.ended(lambda: 4900)
-    assert played(decision, ledger, 900, (1, 1, 1)) == [fits] * 3
-    assert asked[:1] == [4900]
+    assert played(decision, ledger, 900) == [fits]
+    assert decision.whole is fits
+    assert asked == [4900]
     assert (ledger.peak_nbytes, decision.highest) == ((900, 4900) if fits else (900, 0))
 
 
 def test_passes_inside_of_passes() -> None:
     """A backward pass that runs another ends what is decided for it, and the step is no example for others."""
     ledger = Paper()
-    decision = Aside(ledger, lambda: 0, lambda: 0, lambda nbytes: True)
-    assert played(decision, ledger, 900, (1, 2, 1)) == [False] * 3
+    decision = decides(ledger)
+    assert played(decision, ledger, 900, 3) == [False] * 3
     decision.ended(lambda: 900)
     assert played(decision, ledger, 900) == [False]
     decision.ended(lambda: 900)
-    assert played(decision, ledger, 900, (1, 2, 1)) == [True, False, False]
+    assert played(decision, ledger, 900, 3) == [True, False, False]
+    assert not decision.whole
+
+
+@pytest.mark.parametrize("then", [True, False])
+@pytest.mark.parametrize("now", [True, False])
+def test_nobody_watches_where_nobody_else_runs(then: bool, now: bool) -> None:
+    """A backward pass is left alone as a whole if nobody else's code was seen in the one that was watched, and none is
+    known now; else the recorder steps aside node by node."""
+    ledger, answers = Paper(), [then, now]
+    decision = decides(ledger, alone=lambda: answers.pop(0))
+    played(decision, ledger, 900)
+    assert not decision.whole
+    decision.ended(lambda: 900)
+    assert played(decision, ledger, 900) == [True]
+    assert decision.whole is (then and now)
+    decision.begin(True)
+    assert not decision.whole
 
 
 def test_nothing_more_is_decided_once_it_stops() -> None:
     """A step that goes otherwise than those before is watched from there on, and is no example for others."""
     ledger = Paper()
-    decision = Aside(ledger, lambda: 0, lambda: 0, lambda nbytes: True)
+    decision = decides(ledger)
     played(decision, ledger, 900)
     decision.stop()
     decision.ended(lambda: 900)
@@ -431,17 +595,18 @@ def test_nothing_more_is_decided_once_it_stops() -> None:
     assert played(decision, ledger, 900) == [True]
     decision.stop()
     assert not decision.active
-    assert not decision.backward_begins(1)
+    assert not decision.whole
+    assert not begun(decision)
     decision.begin(True)
     decision.stop()
-    assert not decision.backward_begins(2)
+    assert not begun(decision)
 
 
 def test_few_kinds_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is known of kinds of steps is bounded: the oldest is forgotten."""
     monkeypatch.setattr(aside, "_MOST_KNOWN", 2)
     ledger, elements = Paper(), [0]
-    decision = Aside(ledger, lambda: 0, lambda: elements[0], lambda nbytes: True)
+    decision = decides(ledger, gradients=lambda: elements[0])
     for elements[0] in (1, 2, 3):
         assert played(decision, ledger, 900) == [False]
         decision.ended(lambda: 900)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -26,13 +27,18 @@ from rekindle.record.torch_private import (
     FakeTensor,
     FakeTensorMode,
     alias,
+    any_hooked,
+    around_backward,
     at_recorded_level,
     body_of,
+    called_by_engine,
     current_graph_task,
     current_node,
     faking,
+    hooked,
     hooks_refused,
     in_func_transform,
+    left,
     never_compile,
     no_modes,
     put_back,
@@ -679,3 +685,190 @@ def test_arguments_of_a_call() -> None:
     assert kwargs.keys() == {"input2"}
     with pytest.raises(LookupError, match="no call of Bilinear is running"):
         torch_private.arguments_of(module)
+
+
+# -- the beginning of a backward pass ----------------------------------------------------------------------------------
+
+
+PASSES: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
+    "backward": (lambda x: x.sin().sum().backward(), False),
+    "backward twice": (lambda x: x.sin().sum().backward(create_graph=True), True),
+    "autograd.backward": (lambda x: torch.autograd.backward([x.sin().sum()]), False),
+    "grad": (lambda x: torch.autograd.grad(x.sin().sum(), x), False),
+    "grad twice": (lambda x: torch.autograd.grad(x.sin().sum(), [x], create_graph=True), True),
+    "grads batched": (lambda x: torch.autograd.grad(x.sin(), x, torch.eye(3), is_grads_batched=True), False),
+}
+"""Each way to begin a backward pass, and whether another is to follow."""
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("way", PASSES)
+def test_around_backward(way: str) -> None:
+    """Each backward pass that the thread begins in the block, however it is begun, runs in the context given; none
+    after it, nor those of other threads."""
+    begin, twice = PASSES[way]
+    x, seen = torch.ones(3, requires_grad=True), list[bool]()
+
+    @contextmanager
+    def around(create_graph: bool) -> Iterator[None]:
+        assert current_graph_task() == -1
+        seen.append(create_graph)
+        yield
+
+    engine = torch.autograd._engine_run_backward
+    with around_backward(around):
+        begin(x)
+        other = threading.Thread(target=begin, args=(x,))
+        other.start()
+        other.join()
+    begin(x)
+    assert seen == [twice]
+    assert torch.autograd._engine_run_backward is engine
+
+
+def test_around_backward_inside_of_another() -> None:
+    """The inner one counts, until it ends."""
+    x, seen = small_batch(0).requires_grad_(), list[str]()
+
+    def around(name: str) -> Callable[[bool], AbstractContextManager[None]]:
+        return lambda create_graph: nullcontext(seen.append(name))
+
+    with around_backward(around("outer")):
+        with around_backward(around("inner")):
+            x.sum().backward()
+        x.sum().backward()
+    assert seen == ["inner", "outer"]
+
+
+def test_around_backward_leaves_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where somebody else has taken the engine's place, nothing is put there; and what somebody puts there meanwhile
+    stays, and still works after the block."""
+    x, seen = small_batch(0).requires_grad_(), list[str]()
+
+    def place(name: str) -> Callable[..., Any]:
+        inner = torch.autograd._engine_run_backward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            return inner(*args, **kwargs)
+
+        return run
+
+    def around(create_graph: bool) -> AbstractContextManager[None]:
+        return nullcontext(seen.append("ours"))
+
+    theirs = place("theirs")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "_engine_run_backward", theirs)
+        with around_backward(around):
+            x.sum().backward()
+        assert torch.autograd._engine_run_backward is theirs
+    assert seen == ["theirs"]
+    seen.clear()
+    with monkeypatch.context() as patch:
+        with around_backward(around):
+            patch.setattr(torch.autograd, "_engine_run_backward", place("later"))
+            x.sum().backward()
+        x.sum().backward()
+        with around_backward(around):
+            x.sum().backward()
+    assert seen == ["later", "ours", "later", "later", "ours"]
+    with around_backward(around):  # the patch has put back what it found
+        pass
+    assert torch.autograd._engine_run_backward is torch.autograd.graph._engine_run_backward
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_left(above: bool) -> None:
+    """A mode that is left before a backward pass sees none of its ops, and all after it; it is not left where another
+    is active too."""
+    x, ours, theirs = small_batch(0).requires_grad_(), Names(), Names()
+    with ours, theirs if above else nullcontext():
+        loss = x.sin().sum()
+        ours.names.clear()
+        with left(ours):
+            loss.backward()
+        assert bool(ours.names) is above
+        x.detach().sin()
+        assert ours.names[-1] == "sin"
+
+
+def test_a_mode_left_is_back_after_an_error() -> None:
+    """Whatever happens in the block."""
+    mode = Names()
+    with mode:
+        with pytest.raises(ZeroDivisionError), left(mode):
+            1 / modes()
+        assert modes() == 1
+
+
+class Twice(torch.autograd.Function):
+    """Somebody's own formula."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def test_called_by_engine() -> None:
+    """Formulas of PyTorch's and the accumulation of gradients are called by the engine; what hooks and custom functions
+    run is not."""
+    calls: dict[str, list[bool]] = {}
+
+    class Callers(TorchDispatchMode):
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if current_graph_task() != -1:
+                calls.setdefault(str(func), []).append(called_by_engine())
+            return func(*args, **(kwargs or {}))
+
+    def backward(y: Tensor) -> set[bool]:
+        calls.clear()
+        with Callers():
+            y.sum().backward()
+        return {call for name, found in calls.items() for call in found if name != "aten.expand.default"}
+
+    x = small_batch(0).requires_grad_()
+    for _ in range(2):
+        assert backward(x.sin().cos()) == {True}
+    assert backward(Twice.apply(x.sin())) == {True, False}
+    y = x.sin()
+    y.register_hook(lambda grad: grad * 2)
+    assert backward(y) == {True, False}
+    x.register_post_accumulate_grad_hook(lambda x: setattr(x, "grad", x.grad * 2))
+    assert backward(x.sin()) == {True, False}
+
+
+def test_hooked() -> None:
+    """Hooks of the backward pass are known by their tensors and modules, and nothing else is."""
+    for register in (
+        lambda tensor: tensor.register_hook(print),
+        lambda tensor: tensor.register_post_accumulate_grad_hook(print),
+    ):
+        tensor = small_batch(0).requires_grad_()
+        assert not hooked(tensor)
+        register(tensor)
+        assert hooked(tensor)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    model.register_forward_hook(lambda *_: None)
+    model[0].register_state_dict_pre_hook(lambda *_: None)
+    assert not any_hooked(model)
+    for register in (
+        model[0].register_full_backward_hook,
+        model[1].register_full_backward_pre_hook,
+        model[1].bias.register_hook,
+        torch.nn.modules.module.register_module_full_backward_hook,
+        torch.nn.modules.module.register_module_full_backward_pre_hook,
+    ):
+        handle = register(print)
+        assert any_hooked(model)
+        handle.remove()
+    model[0].weight.register_post_accumulate_grad_hook(print)
+    assert any_hooked(model)

@@ -19,6 +19,7 @@ from rekindle.record.streams import ELSEWHERE, Home, find_home, has_streams
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import (
     alias,
+    called_by_engine,
     conjugating,
     current_graph_task,
     current_node,
@@ -65,6 +66,7 @@ class Recorder(TorchDispatchMode):
         number: of the last op that may be repeated.
         checksums: where to remember the bytes of activations, None if nobody will compare them.
         home: the stream that the step began on; None if there is none, or it has not begun.
+        alone: whether nobody else's code was seen to run in a backward pass, or to be about to, since this was set.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Recorder(TorchDispatchMode):
         self.number = 0
         self.checksums: Checksums | None = None
         self.home: Home | None = None
+        self.alone = True
         self._away = ""
         self._has_streams = has_streams()
         self._room = room
@@ -124,8 +127,11 @@ class Recorder(TorchDispatchMode):
             kwargs = {}
         graph_task = current_graph_task()
         backward = graph_task != -1
-        if backward and graph_task != self._graph_task:
-            self.backward_begins(graph_task)
+        if backward:
+            if graph_task != self._graph_task:
+                self.backward_begins(graph_task)
+            if self.alone:
+                self.alone = called_by_engine()
         if traits.reshapes:
             return self._reshape(func, args, kwargs)
         if self._has_streams:

@@ -33,6 +33,8 @@ RUNNING_STATS: dict[str, tuple[tuple[int, int], int | None]] = {
     "aten::batch_norm_gather_stats_with_counts": ((3, 4), None),
     "aten::batch_norm_update_stats": ((1, 2), None),
 }
+UNTOLD_VIEWS = frozenset({"aten::_unsafe_view"})
+"""Return an alias of what they are given, and their schemas do not say so: matrix products end with them."""
 UNINITIALISED = frozenset(
     f"aten::{name}"
     for name in ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
@@ -175,6 +177,7 @@ def _read(func: Any) -> Traits:
     known = func.namespace in ("aten", "prims")
     reshapes = torch.Tag.inplace_view in tags and not opaque
     aliased = bool(schema.returns) and all(result.alias_info is not None for result in schema.returns)
+    aliased = aliased or qualified in UNTOLD_VIEWS
     stats = RUNNING_STATS.get(qualified)
     if stats is not None and not any(argument.name == "running_mean" for argument in schema.arguments):
         stats = None  # an overload that takes none, such as `_native_batch_norm_legit.no_stats`

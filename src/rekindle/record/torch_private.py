@@ -16,6 +16,12 @@ so that a new torch version which breaks one fails there first.
 * References to a storage. Whether letting go of a tensor frees its bytes depends on who else looks at them.
 * Graph tasks. The engine numbers each backward pass and runs callbacks at its end. There is no public way to learn
   either. FSDP and DDP use the same two calls.
+* The beginning of a backward pass. The engine takes a copy of the modes that are active, so who wants to be out of one
+  has to leave before. `around_backward` puts a function in the place through which `backward` and `grad` call the
+  engine, as PyTorch's own `torch.compiler` does, while a session is entered on some thread. A `TorchFunctionMode` would
+  be public, but does not see `torch.autograd.backward`, costs a microsecond for each call of PyTorch in the forward
+  pass, and has Dynamo compile everything once more.
+* Hooks of the backward pass. Modules and tensors have theirs in attributes that are not documented.
 * Calls of modules. PyTorch runs its `always_call` hooks after an Exception, but not after a KeyboardInterrupt; only the
   stack of frames tells that such a call is over. Global pre-hooks are not shown keyword arguments, though most models
   are called with them; the frame that calls such a hook has them.
@@ -43,8 +49,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from types import FrameType
 from typing import Any
@@ -136,19 +143,21 @@ def step_aside(
     added up, if others have come. `back(name, gradients)` is called before. Returns the name of the node if
     the mode was taken away now and comes back so, else nothing.
     """
-    node: Any = torch._C._current_autograd_node()
-    if node is None:
+    if not _is_alone(mode) or (node := torch._C._current_autograd_node()) is None:
         return ""
     name: str = node.name()
     if not (name[-1].isdigit() if nodes is None else name in nodes):
-        return ""
-    if torch._C._len_torch_dispatch_stack() != 1 or torch._C._get_dispatch_stack_at(0) is not mode:
         return ""
     torch._C._pop_torch_dispatch_stack(None)
     if back is None:
         return ""
     _come_back(mode, node, name, back)
     return name
+
+
+def _is_alone(mode: TorchDispatchMode) -> bool:
+    """Whether `mode` is the one dispatch mode that is active."""
+    return torch._C._len_torch_dispatch_stack() == 1 and torch._C._get_dispatch_stack_at(0) is mode
 
 
 def _come_back(mode: TorchDispatchMode, node: Any, name: str, back: Callable[[str, Any], None]) -> None:
@@ -161,6 +170,77 @@ def _come_back(mode: TorchDispatchMode, node: Any, name: str, back: Callable[[st
             back(name, gradients)
 
     handle = node.register_hook(hook)
+
+
+_autograd: Any = torch.autograd
+_run_backward: Callable[..., Any] = torch.autograd.graph._engine_run_backward
+_around: dict[int, Callable[[bool], AbstractContextManager[Any]]] = {}  # by thread
+_around_lock = threading.Lock()
+
+
+def _run_backward_around(outputs: Any, gradients: Any, retain: bool, create: bool, *rest: Any, **more: Any) -> Any:
+    around = _around.get(threading.get_ident())
+    with around(create) if around is not None else nullcontext():
+        return _run_backward(outputs, gradients, retain, create, *rest, **more)
+
+
+@contextmanager
+def around_backward(around: Callable[[bool], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Runs one block in which each backward pass that this thread begins runs in `around(create_graph)`.
+
+    Not if somebody else has taken that place.
+    """
+    thread = threading.get_ident()
+    before = _around.get(thread)
+    try:
+        with _around_lock:
+            if _autograd._engine_run_backward is _run_backward:
+                _autograd._engine_run_backward = _run_backward_around
+            _around[thread] = around
+        yield
+    finally:
+        with _around_lock:
+            _around.pop(thread, None)
+            if before is not None:
+                _around[thread] = before
+            elif not _around and _autograd._engine_run_backward is _run_backward_around:
+                _autograd._engine_run_backward = _run_backward
+
+
+@contextmanager
+def left(mode: TorchDispatchMode) -> Iterator[None]:
+    """Runs one block out of `mode`, if no other is active."""
+    if not _is_alone(mode):
+        yield
+        return
+    torch._C._pop_torch_dispatch_stack(None)
+    try:
+        yield
+    finally:
+        torch._C._push_on_torch_dispatch_stack(mode)
+
+
+def called_by_engine() -> bool:
+    """Whether the engine's own code called the op which is dispatched now, and no hook or custom function."""
+    try:
+        caller = sys._getframe(2)
+    except ValueError:  # the engine's own threads
+        return True
+    return caller.f_code is _run_backward.__code__
+
+
+def hooked(tensor: torch.Tensor) -> bool:
+    """Whether hooks were registered on a tensor that run in the backward pass."""
+    return tensor._backward_hooks is not None or tensor._post_accumulate_grad_hooks is not None
+
+
+def any_hooked(module: torch.nn.Module) -> bool:
+    """Whether a module, or anything inside it, has hooks that run in the backward pass."""
+    shared = torch.nn.modules.module
+    if shared._global_backward_hooks or shared._global_backward_pre_hooks:
+        return True
+    modules, parameters, _ = members_of(module)
+    return any(part._backward_hooks or part._backward_pre_hooks for part in modules) or any(map(hooked, parameters))
 
 
 @contextmanager
@@ -350,3 +430,6 @@ def at_recorded_level() -> AbstractContextManager[Any]:
     if not _LEVEL:
         _LEVEL.append(_handler_level())
     return torch._C._ForceDispatchKeyGuard(*_LEVEL[0])
+
+
+never_compile(_run_backward_around)

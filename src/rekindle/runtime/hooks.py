@@ -16,6 +16,7 @@ from rekindle.record.torch_private import (
     at_recorded_level,
     current_graph_task,
     current_node,
+    hooked,
     never_compile,
     step_aside,
     when_backward_ends,
@@ -87,6 +88,8 @@ class SavedTensors:
         """Called by autograd when it saves a tensor."""
         recorder = self._recorder
         call = recorder.modules.current
+        if hooked(tensor):
+            recorder.alone = False
         try:
             key = tensor.untyped_storage()._cdata
         except (NotImplementedError, RuntimeError):  # sparse, mkldnn: no storage
@@ -160,7 +163,7 @@ class SavedTensors:
             return
         if torch.is_grad_enabled():  # what this pass makes may be recomputed in another
             self.aside.stop()
-        elif self.aside.backward_begins(graph_task):
+        elif self.aside.active:
             self._recorder.backward_begins(graph_task)
 
     def _step_aside(self) -> str:

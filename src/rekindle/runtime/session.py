@@ -7,7 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Hashable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
@@ -24,9 +24,12 @@ from rekindle.record.modules import ModuleStack
 from rekindle.record.recorder import DEFAULT_MIN_NBYTES, Recorder
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import (
+    any_hooked,
+    around_backward,
     current_graph_task,
     hooks_refused,
     in_func_transform,
+    left,
     members_of,
     modes_and_hooks,
 )
@@ -186,7 +189,7 @@ class Session:
             lambda activation, call: self._decisions.saved(activation, call),
             inplace == "snapshot",
         )
-        self._aside = Aside(ledger, lambda: self._recorder.number, self._gradients, self._surely_fits)
+        self._aside = Aside(ledger, lambda: self._recorder.number, self._gradients, self._surely_fits, self._runs_alone)
         self._saved_tensors.aside = self._aside
         if verify:
             checksums = Checksums()
@@ -209,7 +212,7 @@ class Session:
 
     def _open(self) -> None:
         self._signature = None
-        self._recorder.home = None
+        self._recorder.home, self._recorder.alone = None, True
         self._decide_with(self._new_decisions())
         self._recorder.tape = tape = Tape(self._ledger) if self._learner.records else None
         self._ledger.on_end = tape.died if tape is not None else None
@@ -224,6 +227,7 @@ class Session:
         with ExitStack() as stack:
             self.modules.open()
             stack.callback(self.modules.close)
+            stack.enter_context(around_backward(self._around_backward))
             stack.enter_context(self._looking)
             self._look()
             self._stack = stack.pop_all()
@@ -367,6 +371,22 @@ class Session:
         if self._watches:
             for root in list(self.modules.roots):
                 self._see(root)
+
+    def _around_backward(self, create_graph: bool) -> AbstractContextManager[None]:
+        """What a backward pass runs in that begins now: without the recorder, if nobody has to watch it."""
+        aside = self._aside
+        if self._resting:
+            return nullcontext()
+        if create_graph:  # what it makes may be recomputed in another
+            aside.stop()
+        else:
+            aside.backward_begins()
+        return left(self._recorder) if aside.whole and _may_switch() else nullcontext()
+
+    def _runs_alone(self) -> bool:
+        """Whether nobody else's code is known to run in the backward pass."""
+        recorder = self._recorder
+        return recorder.alone and recorder.is_at_home and not any(map(any_hooked, list(self.modules.roots)))
 
     def _gradients(self) -> int:
         """How many elements the gradients have of the modules that were called."""
