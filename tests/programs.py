@@ -535,11 +535,13 @@ class Twin:
 
     def step(self, number: int, around: Callable[[Callable[[], None]], object] = _run) -> dict[str, Any]:
         """One step, run by `around`; all that it leaves behind."""
+        self._untie()
         self.net.zero_grad()
         set_random_states(self.states)
         left: dict[str, Any] = {}
         with contextlib.suppress(Stop):
             around(lambda: self._step(number, left))
+        self._untie()
         self.states = random_states()
         left |= {f"gradient of {name}": p.grad for name, p in self.net.named_parameters()}
         left |= {name: tensor.detach().clone() for name, tensor in self.net.state_dict().items()}
@@ -550,6 +552,12 @@ class Twin:
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad.nan_to_num().clamp(-1, 1), alpha=0.05)
         return left
+
+    def _untie(self) -> None:
+        """Detach the weight, if it is frozen and something with a gradient was written to it."""
+        for parameter in self.net.parameters():
+            if not parameter.is_leaf:
+                parameter.detach_()
 
     def _copy(self, tensor: Tensor) -> Tensor:
         """A copy of all of its storage: with other strides, kernels may round in another way. Not of running
@@ -601,6 +609,7 @@ class Twin:
         registers = [batch[0] * 1, batch[0], batch[1] * 1, batch[1] if self.carried is None else self.carried]
         machine = Machine(self.net, program.width, registers, self.generator, self.session, fault)
         del registers
+        self.carried = None  # whatever a fault leaves of it is nobody's
         with torch.autocast("cpu", torch.bfloat16) if program.autocast else nullcontext():
             self.net(machine)
             losses = machine.losses()
@@ -609,7 +618,6 @@ class Twin:
             left |= {f"{name}register {n}": tensor.detach().clone() for n, tensor in enumerate(machine.registers)}
         left |= {f"{name}loss {place}": loss.detach().clone() for place, loss in enumerate(losses)}
         left |= {f"{name}leaf {place}": leaf for place, leaf in enumerate(machine.leaves)}
-        self.carried = None
         if program.carry:
             first = machine.registers[0]
             self.carried = first.detach() if program.carry == "detached" else first
@@ -638,7 +646,9 @@ def backward(losses: list[Tensor], end: str, twin: Twin, left: dict[str, Any]) -
     except RuntimeError as error:
         left["backward"] = kind_of(error)
         left["why"] = str(error)
-        twin.net.zero_grad()  # how far it came is nobody's business
+        for parameter in twin.net.parameters():
+            if parameter.is_leaf:
+                parameter.grad = None  # how far it came is nobody's business
 
 
 def _pieces(losses: list[Tensor], twin: Twin) -> None:

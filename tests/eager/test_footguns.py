@@ -554,6 +554,24 @@ def test_swapped_tensors() -> None:
     assert all(same_bits(p.grad, q.grad) for p, q in zip(plain.parameters(), managed.parameters(), strict=True))
 
 
+def test_frozen_weight_written_with_a_gradient() -> None:
+    """KNOW. An in-place write of something with a gradient makes a frozen weight part of that step's graph, in plain
+    PyTorch too. It has no gradient of its own from there on, and nobody asks for it, which PyTorch would warn of."""
+    left = []
+    for context in (nullcontext(), Session(memory_budget="1GiB")):
+        torch.manual_seed(0)
+        model = small_model(1)
+        weight = model[0].norm.weight.requires_grad_(False)
+        for number in range(3):
+            with context:
+                scale = model[0].down.weight.mean()
+                weight.add_(scale)
+                loss_of(model(small_batch(number))).backward()
+            weight.detach_()
+        left.append([*model.state_dict().values(), model[0].down.weight.grad])
+    assert all(map(same_bits, *left))
+
+
 def test_nothing_without_backward() -> None:
     """KNOW. Evaluation inside a session costs time and saves nothing: no gradient, nothing to evict."""
     session = Session(KeepNone())

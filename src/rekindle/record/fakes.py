@@ -19,7 +19,7 @@ from rekindle.record.activation import Op
 from rekindle.record.aliasing import Window, window_of
 from rekindle.record.cost import Cost
 from rekindle.record.kernels import temporaries, tensors_of
-from rekindle.record.modules import ModuleCall
+from rekindle.record.modules import ModuleCall, gradient_of
 from rekindle.record.recorder import Recorder
 from rekindle.record.schema import traits_of
 from rekindle.record.sizes import made_nbytes
@@ -136,9 +136,10 @@ class Fakes:
         """
         copies = dict(copied.named_parameters())
         for name, parameter in model.named_parameters():
-            if name in copies and parameter.grad is not None:
-                copies[name].grad_dtype = parameter.grad.dtype
-                copies[name].grad = self.of(parameter.grad)
+            gradient = gradient_of(parameter)
+            if name in copies and gradient is not None:
+                copies[name].grad_dtype = gradient.dtype
+                copies[name].grad = self.of(gradient)
 
 
 class _Copying(TorchFunctionMode):

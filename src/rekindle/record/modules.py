@@ -195,6 +195,12 @@ class ModuleStack:
         return names
 
 
+def gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The gradient of a parameter or buffer, if it has one. One that an op with a gradient wrote in place has none, and
+    PyTorch warns whoever asks for it."""
+    return tensor.grad if tensor.is_leaf or tensor.retains_grad else None
+
+
 def _address(tensor: torch.Tensor) -> int:
     try:
         return int(tensor.untyped_storage()._cdata)

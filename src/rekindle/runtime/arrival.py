@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rekindle.record.kernels import tensors_of
+from rekindle.record.modules import gradient_of
 from rekindle.record.torch_private import arguments_of, members_of
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -44,7 +45,7 @@ class Arrival:
     @property
     def full_signature(self) -> Hashable:
         """The signature, and which parameters have gradients: the backward pass adds to those, and makes others."""
-        return self.signature, tuple(parameter.grad is not None for parameter in self.module.parameters())
+        return self.signature, tuple(gradient_of(parameter) is not None for parameter in self.module.parameters())
 
     @property
     def tensors(self) -> list[torch.Tensor]:

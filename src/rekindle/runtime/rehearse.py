@@ -26,7 +26,7 @@ from rekindle.graph import Graph
 from rekindle.record.aliasing import Ledger, Window
 from rekindle.record.cost import Cost, Device, find_device, seconds
 from rekindle.record.fakes import AsOnCuda, FakeRecorder, FakeRoom, Fakes
-from rekindle.record.modules import ModuleStack
+from rekindle.record.modules import ModuleStack, gradient_of
 from rekindle.record.recorder import DEFAULT_MIN_NBYTES
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import faking, no_modes
@@ -143,7 +143,7 @@ class _Stage:
 
     def _meet(self, module: torch.nn.Module) -> None:
         parameters = list(module.parameters())
-        self._ledger.track_members((*parameters, *module.buffers(), *(parameter.grad for parameter in parameters)))
+        self._ledger.track_members((*parameters, *module.buffers(), *map(gradient_of, parameters)))
 
 
 class _FakeSavedTensors(SavedTensors):

@@ -20,7 +20,7 @@ from rekindle.policy import Decider, KeepAll, PerModule, PolicyLike, check_polic
 from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Ledger
 from rekindle.record.cost import Roofline
-from rekindle.record.modules import ModuleStack
+from rekindle.record.modules import ModuleStack, gradient_of
 from rekindle.record.recorder import DEFAULT_MIN_NBYTES, Recorder
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import (
@@ -391,7 +391,7 @@ class Session:
     def _gradients(self) -> int:
         """How many elements the gradients have of the modules that were called."""
         parameters = [parameter for root in list(self.modules.roots) for parameter in members_of(root)[1]]
-        return sum(parameter.grad.numel() for parameter in parameters if parameter.grad is not None)
+        return sum(gradient.numel() for gradient in map(gradient_of, parameters) if gradient is not None)
 
     def _surely_fits(self, nbytes: int) -> bool:
         """Whether a step that needs so many bytes will not run out of memory: an eighth more are there. On the CPU
@@ -475,7 +475,7 @@ class Session:
         _, parameters, buffers = members_of(module)
         self._ledger.track_members(parameters)
         self._ledger.track_members(buffers)
-        self._ledger.track_members([tensor.grad for tensor in (*parameters, *buffers)])
+        self._ledger.track_members(list(map(gradient_of, (*parameters, *buffers))))
         return self._ledger.leaf_nbytes - before
 
     def _meet(self, module: torch.nn.Module) -> None:
@@ -517,7 +517,7 @@ class Session:
     def _beside(self, arrival: Arrival) -> int:
         """Bytes that are there before a call, beside the parameters, gradients, buffers and arguments of its module."""
         parameters = list(arrival.module.parameters())
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [gradient for gradient in map(gradient_of, parameters) if gradient is not None]
         known = (*parameters, *gradients, *arrival.module.buffers(), *arrival.tensors)
         tracked = {found.key: found for tensor in known if (found := self._ledger.track_leaf(tensor)) is not None}
         return self._ledger.total_nbytes - sum(found.nbytes + found.leaf_nbytes for found in tracked.values())
