@@ -525,7 +525,7 @@ class Twin:
     """A program on its way, plain or managed, and the random states that it goes on with."""
 
     def __init__(self, program: Program, session: Session | None, copies: bool = False) -> None:
-        """With `copies` autograd saves copies, which no write can change."""
+        """With `copies` autograd saves copies, which no write can change, and gives away others."""
         self.program, self.session, self.copies = program, session, copies
         torch.manual_seed(0)
         self.net = Net(program)
@@ -584,7 +584,7 @@ class Twin:
         outside = None
         with ExitStack() as stack:
             if self.copies:
-                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._copy, _as_it_is))
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._copy, self._copy))
             with self.session or nullcontext():
                 try:
                     outside = self._once(batches[0], fault, end, left, "")
@@ -629,10 +629,6 @@ class Twin:
             return losses
         backward(losses, end, self, left)
         return None
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def backward(losses: list[Tensor], end: str, twin: Twin, left: dict[str, Any]) -> None:

@@ -207,6 +207,9 @@ from them what PyTorch refuses to compute with them."""
 FROZEN_WRITTEN = Program(((ADD, Do("weight"), Do("add_", 0, 2), ADD),), ("sum",) * 4, 128, False, "", False, True, None)
 """A frozen weight is written to with a gradient, and is no leaf from there on."""
 
+LOOKED_AT = program_of(Do("weight"), Do("tanh", 0, 3, 0), Do("look", 0, 1, 3), Do("sigmoid_", 3), ends=1, width=8)
+"""What autograd saved is looked at through its node, and written to."""
+
 CARRIED_WRITTEN = Program(
     ((GELU, Do("batch_norm"), Do("add_", 3), ADD),),
     ("sum", "sum"),
@@ -219,6 +222,7 @@ CARRIED_WRITTEN = Program(
 @example(SELF_ADDS, Setting("keep all", "strict", 0, False, None))
 @example(STEPPED_BEFORE, Setting("every 3"))
 @example(FROZEN_WRITTEN, Setting("every 2"))
+@example(LOOKED_AT, Setting("per name", "snapshot", verify=True))
 @example(CARRIED_WRITTEN, Setting("balanced"))
 @given(programs(), SETTINGS)
 def test_any_program(program: Program, setting: Setting) -> None:
