@@ -371,6 +371,44 @@ def test_optimizer_in_the_backward_pass(every: int, seen: Seen) -> None:
     assert session.stats.failed_recomputes == 0
 
 
+@pytest.mark.parametrize("begins", [1, 5])
+def test_hooks_that_nobody_knows_of(begins: int, seen: Seen) -> None:
+    """A hook on a tensor that nothing saves writes to what something is yet recomputed from. In a pass that is watched
+    that is copied before; if the hook did nothing while anybody watched, the session refuses: it never recomputes from
+    what was written."""
+
+    def history(managed: Managed) -> list[Tensor]:
+        torch.manual_seed(0)
+        model, number = small_model(2), 0
+
+        def write(grad: Tensor) -> None:
+            if number == begins:
+                with torch.no_grad():
+                    model[0].up.bias.add_(1)
+
+        def unsaved(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+            y = y + 1
+            y.register_hook(write)
+            return y + 1
+
+        model[0].register_forward_hook(unsaved)
+        for number in range(begins + 1):
+            model.zero_grad()
+            seen.clear()
+            step(model, number, managed)
+        return [*model.state_dict().values(), *(parameter.grad for parameter in model.parameters())]
+
+    session = rekindle.Session(rekindle.PerModule("0", "1"))
+    expected = history(Nothing())
+    if begins == 1:
+        assert all(map(same_bits, history(session), expected))
+        assert seen
+        return
+    with pytest.raises(rekindle.LeafModified, match=r"0\.up\.bias"):
+        history(session)
+    assert not seen
+
+
 class Nothing:
     """A context that does nothing."""
 
