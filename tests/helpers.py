@@ -33,6 +33,18 @@ class Layer(nn.Module):
         return x + self.dropout(self.down(torch.nn.functional.gelu(self.up(self.norm(x)))))
 
 
+class Doubled(torch.autograd.Function):
+    """Somebody's own formula."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
 def small_model(layers: int = 4, width: int = 64) -> nn.Sequential:
     """A chain of layers whose activations take 8 KiB and more."""
     return nn.Sequential(*(Layer(width) for _ in range(layers)), nn.Linear(width, width))

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rekindle
-from helpers import Managed, assert_same, live_activations, others_nbytes, same_bits, small_batch, small_model, train
+from helpers import (
+    Doubled,
+    Managed,
+    assert_same,
+    live_activations,
+    others_nbytes,
+    same_bits,
+    small_batch,
+    small_model,
+    train,
+)
 from peak import peak_bytes
 from rekindle.record import recorder
 from rekindle.record.torch_private import current_graph_task, modes_and_hooks
@@ -214,18 +224,6 @@ def on_saved(x: Tensor) -> Tensor:
     y = x.sin()
     y.register_hook(nothing)
     return y.cos()
-
-
-class Doubled(torch.autograd.Function):
-    """Somebody's own formula."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * 2
 
 
 def globally(register: Callable[..., Any]) -> Callable[[nn.Module], Any]:

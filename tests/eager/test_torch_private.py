@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import small_batch
+from helpers import Doubled, small_batch
 from rekindle.record import torch_private
 from rekindle.record.aliasing import Ledger, window_of
 from rekindle.record.recorder import Recorder
@@ -802,18 +802,6 @@ def test_a_mode_left_is_back_after_an_error() -> None:
         assert modes() == 1
 
 
-class Twice(torch.autograd.Function):
-    """Somebody's own formula."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * 2
-
-
 def test_called_by_engine() -> None:
     """Formulas of PyTorch's and the accumulation of gradients are called by the engine; what hooks and custom functions
     run is not."""
@@ -838,7 +826,7 @@ def test_called_by_engine() -> None:
     x = small_batch(0).requires_grad_()
     for _ in range(2):
         assert backward(x.sin().cos()) == {True}
-    assert backward(Twice.apply(x.sin())) == {True, False}
+    assert backward(Doubled.apply(x.sin())) == {True, False}
     y = x.sin()
     y.register_hook(lambda grad: grad * 2)
     assert backward(y) == {True, False}
