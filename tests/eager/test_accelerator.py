@@ -317,6 +317,23 @@ def test_replays_come_home(home: Home) -> None:
     assert all(waited for _, waited in home.lent[1:])  # the first is what `backward` begins with
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_side_streams_are_watched(left: bool, home: Home) -> None:
+    """Where an op ran on another stream, its node will too, and the backward pass is watched in each step: what is used
+    there has to be lent to it."""
+    session, x = rekindle.Session(rekindle.KeepNone(), min_nbytes=0), small_batch(0).requires_grad_()
+    for _ in range(5):
+        x.grad = None
+        with session:
+            y = x.exp()
+            y = elsewhere(home, y.sin) if left else y.sin()
+            loss = y.cos().sum()
+            session._aside.stop = lambda: None  # what was decided is to be seen after the step
+            loss.backward()
+        del session._aside.stop
+    assert session._aside.whole is not left
+
+
 def test_each_step_has_its_own_home(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step is at home where it begins, whatever the one before did."""
     homes: list[Home] = []

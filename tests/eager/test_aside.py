@@ -4,6 +4,7 @@ may run in them: the numbers are the same, the statistics too, and what has to b
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -533,6 +534,74 @@ def test_after_the_block(seen: Seen) -> None:
     assert counts[::2] == [0] * 4
     assert counts[7] < counts[1]
     assert peaks[2] == peaks[6] < peaks[7]
+
+
+class ReadsGradient(nn.Module):
+    """Adds the gradient that a parameter of another layer has from the steps before."""
+
+    def __init__(self, other: nn.Parameter) -> None:
+        super().__init__()
+        self.other, self.linear = other, nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Move `x`."""
+        return (self.linear(x) + (0 if self.other.grad is None else self.other.grad)).sin()
+
+
+def test_gradients_that_are_read_are_watched(seen: Seen) -> None:
+    """A gradient that the forward pass has read is added to before what was made of it is recomputed: it is copied in
+    each step, however many there were."""
+
+    def make() -> nn.Module:
+        last = nn.Linear(64, 64)
+        return nn.Sequential(ReadsGradient(last.bias), last)
+
+    def history(managed: Managed) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = make()
+        losses = [step(model, number, managed).detach() for number in range(7)]
+        return [*losses, *(parameter.grad for parameter in model.parameters())]
+
+    session = rekindle.Session(rekindle.PerModule("0"))
+    assert all(map(same_bits, history(session), history(Nothing())))
+    assert session.last_step.ops_replayed > 0
+
+
+@pytest.mark.parametrize("owned", [False, True])
+def test_gradients_made_unseen_count(owned: bool, seen: Seen) -> None:
+    """What is left of gradients after a step is counted in the next one, whoever the tensors belong to: no step needs
+    more than the budget."""
+    torch.manual_seed(0)
+    model, x = small_model(), batch(0)
+    prompt = nn.Parameter(torch.zeros(512, 512))
+    if owned:
+        model.register_parameter("prompt", prompt)
+    trained = list(dict.fromkeys([*model.parameters(), prompt]))
+
+    def once(managed: Managed) -> None:
+        with managed:
+            ((model(x) * prompt[:256, :64].exp()).square().mean() + prompt.square().mean()).backward()
+
+    def standing() -> int:
+        gradients = [tensor.grad for tensor in trained if tensor.grad is not None]
+        return sum(tensor.nbytes for tensor in (x, *trained, *gradients))
+
+    once(Nothing())
+    model.zero_grad()
+    prompt.grad = None
+    budget = standing() + int(0.9 * peak_bytes(lambda: once(Nothing())))
+    session, counts = rekindle.Session(memory_budget=budget + others_nbytes()), list[int]()
+    for number in range(12):
+        if number < 6 or number == 9:
+            for tensor in trained:
+                tensor.grad = None
+        before = standing()
+        seen.clear()
+        with suppress(rekindle.BudgetInfeasible):
+            assert before + peak_bytes(lambda: once(session)) <= budget
+        counts.append(len(seen))
+    assert (counts[5] == 0) is owned
+    assert session.stats.recompute_calls > 0
 
 
 # -- the decision ------------------------------------------------------------------------------------------------------

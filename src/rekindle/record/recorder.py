@@ -66,7 +66,11 @@ class Recorder(TorchDispatchMode):
         number: of the last op that may be repeated.
         checksums: where to remember the bytes of activations, None if nobody will compare them.
         home: the stream that the step began on; None if there is none, or it has not begun.
-        alone: whether nobody else's code was seen to run in a backward pass, or to be about to, since this was set.
+        alone: whether no op of a step has to be seen in its backward pass: since this was set, nobody else's code was
+            seen to run there or to be about to, no op wrote there over what may be wanted back, and none ran on
+            another stream.
+        stranger: whether a tensor was read, since this was set, that takes a gradient and is not known to belong to a
+            module.
     """
 
     def __init__(
@@ -82,7 +86,7 @@ class Recorder(TorchDispatchMode):
         self.number = 0
         self.checksums: Checksums | None = None
         self.home: Home | None = None
-        self.alone = True
+        self.alone, self.stranger = True, False
         self._away = ""
         self._has_streams = has_streams()
         self._room = room
@@ -138,7 +142,10 @@ class Recorder(TorchDispatchMode):
             self._away = self._leave_home(args, kwargs, backward)
         grad_mode = _grad_mode()
         if (not grad_mode and backward) or _inference_mode():
-            if self.tape is not None or (traits.mutates and self._may_destroy(traits, args, kwargs)):
+            destroys = traits.mutates and self._may_destroy(traits, args, kwargs)
+            if destroys:
+                self.alone = False
+            if destroys or self.tape is not None:
                 return self._pass(func, traits, args, kwargs, backward)
             return self._count(self._run(func, traits, args, kwargs, self.modules.current, None))
         if in_compiled_code():
@@ -158,6 +165,7 @@ class Recorder(TorchDispatchMode):
             return ""
         if not home.is_left():
             return ""
+        self.alone = False
         home.lend(tensors_in((args, tuple(kwargs.values()))), backward)
         return ELSEWHERE
 
@@ -470,6 +478,9 @@ class Recorder(TorchDispatchMode):
         if tracked is None:
             tracked = self.ledger.track_leaf(tensor)
             assert tracked is not None
+        if not (tracked.stays or self.stranger):
+            source = tensor if tensor._base is None else tensor._base
+            self.stranger = source.requires_grad and source.is_leaf
         owner = tensor if self._is_parameter(tensor) else tensor._base
         if owner is not None and (owner is tensor or self._is_parameter(owner)) and not owner.is_inference():
             activation = Activation(None, window_of(owner), storage.nbytes(), self.modules.outside, LEAF)

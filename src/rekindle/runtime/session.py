@@ -212,7 +212,7 @@ class Session:
 
     def _open(self) -> None:
         self._signature = None
-        self._recorder.home, self._recorder.alone = None, True
+        self._recorder.home, self._recorder.alone, self._recorder.stranger = None, True, False
         self._decide_with(self._new_decisions())
         self._recorder.tape = tape = Tape(self._ledger) if self._learner.records else None
         self._ledger.on_end = tape.died if tape is not None else None
@@ -384,9 +384,12 @@ class Session:
         return left(self._recorder) if aside.whole and _may_switch() else nullcontext()
 
     def _runs_alone(self) -> bool:
-        """Whether nobody else's code is known to run in the backward pass."""
+        """Whether nobody else's code is known to run in the backward pass, and no gradient is made there that nobody
+        finds afterwards though its bytes count."""
         recorder = self._recorder
-        return recorder.alone and recorder.is_at_home and not any(map(any_hooked, list(self.modules.roots)))
+        if not (recorder.alone and recorder.is_at_home) or (recorder.stranger and self._watches):
+            return False
+        return not any(map(any_hooked, list(self.modules.roots)))
 
     def _gradients(self) -> int:
         """How many elements the gradients have of the modules that were called."""
