@@ -494,6 +494,12 @@ def _hook(m: Machine, x: Tensor, y: Tensor, k: int) -> None:
         x.register_hook(Hook(m.session, k))
 
 
+def _looked_at(x: Tensor) -> Tensor | None:
+    """A copy of what autograd saved: plain PyTorch gives away its own bytes, a twin that saves copies does not."""
+    saved = getattr(x.grad_fn, "_saved_result", None)
+    return saved.detach().clone() if isinstance(saved, Tensor) else None
+
+
 CONTROL: dict[str, Instruction] = {
     "leaf": _leaf,
     "branch": _branch,
@@ -503,7 +509,7 @@ CONTROL: dict[str, Instruction] = {
     "sweep": lambda m, x, y, k: sweep(m.session, k),
     "evict": _evict,
     "hook": _hook,
-    "look": lambda m, x, y, k: getattr(x.grad_fn, "_saved_result", None),
+    "look": lambda m, x, y, k: _looked_at(x),
 }
 KERNELS: dict[str, Instruction] = {
     "kernel_": lambda m, x, y, k: Kernel.apply(x),

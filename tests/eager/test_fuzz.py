@@ -167,8 +167,10 @@ def check(program: Program, setting: Setting) -> None:
         if wrong and overwritten(expected):
             wrong = differences(right, actual)
             plain = copies or plain
-        elif copies is not None and program.carry == "attached" and refusals(right) != refusals(expected):
-            return  # their graphs go on from here in other states
+        elif copies is not None and refusals(right) != refusals(expected):
+            if program.carry == "attached":
+                return  # their graphs go on from here in other states
+            copies.take_over(plain)
         assert not wrong, (number, wrong, actual.get("why"), expected.get("why"))
         assert_clean(session)
         rough = bool(program.fault) or "backward" in actual or actual.get("log")
