@@ -236,6 +236,9 @@ def test_any_program(program: Program, setting: Setting) -> None:
 UNSEEN = program_of(Do("diagonal_", 2, 1, 3, 5), Do("kernel_detached_", 2, 3, 1), ends=1, width=8)
 """Nothing has read what was written in place when a kernel writes over it."""
 
+SPARED = program_of(Do("assign_", 1, 2, 2), Do("kernel_detached_", 1, 0, 3, 6), Do("batch_norm_alone"), ends=1, width=8)
+"""A leaf is written to where nothing has read it, and then everywhere, before anybody has asked for its version."""
+
 REFUSED_BEFORE = Program(
     (
         (
@@ -253,6 +256,7 @@ REFUSED_BEFORE = Program(
 
 @fuzzed(100)
 @example(UNSEEN, Setting("every 2"))
+@example(SPARED, Setting("every 3"))
 @example(REFUSED_BEFORE, Setting("balanced", pressure=95))
 @given(programs((anything, layers, kernels)), SETTINGS)
 def test_any_unseen_write(program: Program, setting: Setting) -> None:

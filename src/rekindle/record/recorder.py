@@ -304,6 +304,13 @@ class Recorder(TorchDispatchMode):
         for write, new in zip(written, made, strict=False):  # what was written comes first
             if new is not None:
                 new.version = version_after(write, lists)
+        for write in written:
+            tracked = self._storages.get(write.key)
+            moved = tracked.activation if tracked is not None and (write.spared or write.handles) else None
+            if moved is not None and moved.op is None and moved.version is None:
+                moved.version = version_after(write, lists, watch_of(moved))
+            for guard in (guard for op in write.spared for guard in op.guards if guard.version is None):
+                guard.version = version_after(write, lists, guard.tensor)
 
     def _hold_sources(self, made: list[Activation | None], written: list[Write]) -> None:
         """Hold the checkpoints that an op read if it made anything, or they would go with the op, which nobody owns.

@@ -53,10 +53,12 @@ class Write:
         return not all(disjoint(window, window_of(tensor)) for tensor in self.tensors)
 
 
-def version_after(write: Write, lists: Sequence[tuple[Tensor, int]]) -> int | None:
-    """The version of what is written, once autograd has counted the write; those to `lists` it has."""
+def version_after(write: Write, lists: Sequence[tuple[Tensor, int]], watch: Tensor | None = None) -> int | None:
+    """The version of what is written, once autograd has counted the write; those to `lists` it has. That of `watch`, if
+    it is to be known by another tensor from now on."""
     target = write.tensors[0]
-    watch = target if write.watch is None else write.watch
+    if watch is None:
+        watch = target if write.watch is None else write.watch
     if target.is_inference() or watch.is_inference():
         return None
     waits = write.counted and not any(tensor is target for tensor, _ in lists)
