@@ -164,6 +164,8 @@ def check(program: Program, setting: Setting) -> None:
         wrong = differences(expected, actual)
         if wrong and unseen and (overwritten(actual) or (setting.verify and refusals(actual) != refusals(expected))):
             return
+        if wrong and program.carry == "attached" and overwritten(actual):
+            return  # of a weight that was updated since, and that plain PyTorch has not saved: an embedding's table
         if wrong and overwritten(expected):
             wrong = differences(right, actual)
             plain = copies or plain
