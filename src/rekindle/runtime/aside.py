@@ -3,8 +3,8 @@
 Problem: in a backward pass the recorder does little but count bytes, and costs as much an op as in the forward pass.
 Source: a step needs the bytes that an earlier one needed whose forward pass was as long, left as much, and found as
 many gradients. Where the recorder steps aside, nodes run as in plain PyTorch, as they do after the `with` block.
-Regime: where nothing but PyTorch's own formulas ran in the pass that was watched, and no hooks are known, the whole
-pass runs without the recorder. Where anybody else's code may run (hooks, custom functions), it steps aside node by
+Regime: where nothing but PyTorch's own formulas ran in the pass that was watched, at home and without a write over what
+is wanted back, and no hooks are known, the whole pass runs without the recorder. Where anybody else's code may run (hooks, custom functions), it steps aside node by
 node: for those that ask for what they saved and whose formulas are PyTorch's own. Each step that might run out of
 memory is watched, for the recorder tries ops again that did.
 Known gaps: what a hook does that runs after such a node, or that nobody knows of (on a tensor that is not saved, or on
@@ -29,7 +29,7 @@ class _Watched:
     Attributes:
         peak: the most bytes that its ops had allocated, above what there was when it began.
         highest: the most bytes that were live, what stood before it included.
-        alone: whether nobody else's code was seen in its backward pass.
+        alone: whether nothing was seen in its backward pass that always has to be.
         since: how many such steps were not watched since.
     """
 
@@ -57,8 +57,8 @@ class Aside:
         alone: Callable[[], bool],
     ) -> None:
         """`now()` is the number of the last recorded op, `gradients()` of elements that the gradients have,
-        `fits(nbytes)` whether a step that needs so many surely does not run out of memory, and `alone()` whether nobody
-        else's code is known to run in the backward pass."""
+        `fits(nbytes)` whether a step that needs so many surely does not run out of memory, and `alone()` whether
+        nothing is known that has to be seen in the backward pass."""
         self.active = self.whole = False
         self.highest = 0
         self._ledger = ledger
