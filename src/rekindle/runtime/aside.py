@@ -4,9 +4,9 @@ Problem: in a backward pass the recorder does little but count bytes, and costs 
 Source: a step needs the bytes that an earlier one needed whose forward pass was as long, left as much, and found as
 many gradients. Where the recorder steps aside, nodes run as in plain PyTorch, as they do after the `with` block.
 Regime: where nothing but PyTorch's own formulas ran in the pass that was watched, at home and without a write over what
-is wanted back, and no hooks are known, the whole pass runs without the recorder. Where anybody else's code may run (hooks, custom functions), it steps aside node by
-node: for those that ask for what they saved and whose formulas are PyTorch's own. Each step that might run out of
-memory is watched, for the recorder tries ops again that did.
+is wanted back, and no hooks are known, the whole pass runs without the recorder. Where anybody else's code may run
+(hooks, custom functions), it steps aside node by node: for those that ask for what they saved and whose formulas are
+PyTorch's own. Each step that might run out of memory is watched, for the recorder tries ops again that did.
 Known gaps: what a hook does that runs after such a node, or that nobody knows of (on a tensor that is not saved, or on
 a node) and that ran no op in the pass that was watched. One step in 61 is watched all the same.
 """
