@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rekindle
 from helpers import live_activations, others_nbytes, same_bits, seeded
+from programs import Kernel
 from rekindle import EveryN, FakeReader, KeepNone, Pressure, Session
 from rekindle.record.aliasing import disjoint, window_of
 from rekindle.record.recorder import Recorder
@@ -748,3 +749,54 @@ def test_only_writes_over_what_may_be_wanted_are_looked_at(writes: bool, looked:
 def _add_one(tensor: Tensor) -> None:
     with torch.no_grad():
         tensor.add_(1)
+
+
+BESIDE: dict[str, Callable[[Tensor, Callable[[], Any]], Any]] = {
+    "by an op": lambda rows, then: [rows.zero_(), then()],
+    "by an op on lists": lambda rows, then: [torch._foreach_zero_([rows]), then()],
+    "by an op that failed": lambda rows, then: [_failing(lambda: rows.add_(torch.ones(7))), then()],
+    "in inference mode": lambda rows, then: [torch.inference_mode()(rows.zero_)(), then()],
+    "after a cut": lambda rows, then: [_backward(lambda: None), rows.zero_(), then()],
+    "by a hook": lambda rows, then: _backward(lambda: [rows.zero_(), then()]),
+}
+"""Writes to a leaf beside what was read of it."""
+
+
+def _backward(hook: Callable[[], Any]) -> None:
+    w = torch.ones(WIDTH, requires_grad=True)
+    w.register_hook(lambda grad: [hook(), None][1])
+    w.exp().sum().backward()
+
+
+def _failing(write: Callable[[], Any]) -> None:
+    with pytest.raises(RuntimeError, match="must match the size"):
+        write()
+
+
+@pytest.mark.parametrize("first", BESIDE)
+@pytest.mark.parametrize("alias", [False, True])
+def test_write_that_no_dispatcher_sees_after_one_that_spared(first: str, alias: bool) -> None:
+    """What a write leaves as it was, a later one destroys that only its version tells of: the first one's is known
+    before the second, so the gradient is refused instead of computed from other numbers."""
+    x, w = torch.randn(WIDTH, WIDTH, generator=seeded(0)), torch.ones(WIDTH, requires_grad=True)
+    with Session(policy=KeepNone()):
+        read = x.detach() if alias else x
+        loss = ((read[:16] * 2).exp() * w).sum()
+        BESIDE[first](x[16:], lambda: Kernel.apply(x))
+        with pytest.raises(rekindle.LeafModified):
+            loss.backward()
+    assert w.grad is None
+
+
+@pytest.mark.parametrize("first", BESIDE)
+@pytest.mark.parametrize("alias", [False, True])
+def test_write_that_spares_what_was_read(first: str, alias: bool) -> None:
+    """The same without the second write: nothing is refused, and the gradient is that of plain PyTorch."""
+    x, w = torch.randn(WIDTH, WIDTH, generator=seeded(0)), torch.ones(WIDTH, requires_grad=True)
+    expected = (x[:16] * 2).exp().sum(0)
+    with Session(policy=KeepNone()):
+        read = x.detach() if alias else x
+        loss = ((read[:16] * 2).exp() * w).sum()
+        BESIDE[first](x[16:], lambda: None)
+        loss.backward()
+    assert same_bits(w.grad, expected)

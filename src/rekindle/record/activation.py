@@ -47,7 +47,7 @@ class Scratch:
 class Guard:
     """A leaf that an op read through a tensor which may count its writes apart from the one that the leaf is known by.
 
-    `version` is what it was when it was read, None from a recorded write beside it until autograd has counted that.
+    `version` is what it was when it was read, or after the last recorded write beside what was read.
     """
 
     __slots__ = ("leaf", "tensor", "version")
@@ -58,11 +58,6 @@ class Guard:
     def broken(self) -> bool:
         """Whether the bytes are no longer what was read, so that only a snapshot has them."""
         return self.version is not None and self.tensor._version != self.version and not self.leaf.snapshot
-
-    def settle(self) -> None:
-        """Learn the version after a recorded write."""
-        if self.version is None:
-            self.version = self.tensor._version
 
 
 class Op:

@@ -29,8 +29,8 @@ from rekindle.record.torch_private import (
 )
 from rekindle.record.writes import (
     Write,
+    count_listed,
     count_no_write,
-    count_writes,
     listed_targets,
     read_instead,
     seen_handles,
@@ -95,7 +95,6 @@ class Recorder(TorchDispatchMode):
         self._snapshot = snapshot
         self._storages = ledger.storages
         self._next_cut = _OPS_BETWEEN_CUTS
-        self._unsettled: list[weakref.ref[Any]] = []
         self._graph_task = -1
         self._loose = False  # a backward pass is running from which nothing will be recomputed
         self._ask_reads = False
@@ -103,7 +102,6 @@ class Recorder(TorchDispatchMode):
 
     def cut(self) -> None:
         """Make every value there is a leaf for the ops to come: a forward never reaches back into an older one."""
-        self._settle()
         self._to_hold.clear()  # of an op that failed
         self._loose = False
         self.ledger.forget_activations()
@@ -254,8 +252,7 @@ class Recorder(TorchDispatchMode):
             result = self._run(func, traits, args, kwargs, call, op.random)
         except BaseException:
             self._to_hold.clear()
-            count_writes(lists)  # of some tensors it may have written
-            self._failed([*written, *past])
+            self._failed([*written, *past], lists)
             raise
         op.seconds = self._room.seconds if self._room.measures else _clock() - start
         if op.random is not None:
@@ -263,7 +260,7 @@ class Recorder(TorchDispatchMode):
 
         made: list[Activation | None] = []
         if written:
-            count_writes(lists)
+            count_listed((*written, *past), lists)
             made += [self._rewrite(op, opaque, write) for write in written]
             for write in past:
                 self._displace(op, write)
@@ -294,23 +291,7 @@ class Recorder(TorchDispatchMode):
             if backward:
                 tape.runs(current_node())
             tape.op(traits.name, inputs, outputs, call, op.seconds, backward, traits.random, self._room.temporaries)
-        if written:
-            self._expect(written, made, lists)
         return result
-
-    def _expect(self, written: list[Write], made: list[Activation | None], lists: Sequence[tuple[Tensor, int]]) -> None:
-        """Know the versions of what was written, which autograd is about to count: whatever else counts is no part of
-        the op."""
-        for write, new in zip(written, made, strict=False):  # what was written comes first
-            if new is not None:
-                new.version = version_after(write, lists)
-        for write in written:
-            tracked = self._storages.get(write.key)
-            moved = tracked.activation if tracked is not None and (write.spared or write.handles) else None
-            if moved is not None and moved.op is None and moved.version is None:
-                moved.version = version_after(write, lists, watch_of(moved))
-            for guard in (guard for op in write.spared for guard in op.guards if guard.version is None):
-                guard.version = version_after(write, lists, guard.tensor)
 
     def _hold_sources(self, made: list[Activation | None], written: list[Write]) -> None:
         """Hold the checkpoints that an op read if it made anything, or they would go with the op, which nobody owns.
@@ -460,7 +441,8 @@ class Recorder(TorchDispatchMode):
         if current is not None:
             self._storages[writes[-1].key].own(None)
         for write in writes:
-            self._move(write.handles, write)  # autograd does not count this write: what it saved is there still
+            write.counted = False  # what autograd saved is there still
+            self._move(write.handles, write)
         return Scratch(tensor)
 
     def _frozen(self, tensor: Tensor, op: Op) -> Ref:
@@ -593,7 +575,7 @@ class Recorder(TorchDispatchMode):
         tracked = self._storages.get(write.key)
         if tracked is None or storage._cdata != write.key:  # set_() moved the tensor to another storage
             op.writes = (*op.writes, (old, None))
-            self._failed([write])
+            self._lost(write)
             if write.doomed and not self._snapshot:
                 old.overwritten = f"{op.func} in {op.call.describe()}"
             return None
@@ -605,6 +587,7 @@ class Recorder(TorchDispatchMode):
             source = tensor if write.watch is None else write.watch
             new = Activation(op, window_of(source), old.nbytes, op.call)
             new.watch(source)
+            new.version = version_after(write, source)
             new.is_checkpoint = self.keeper.makes and self.keeper.made(str(op.func), new)
         op.writes = (*op.writes, (None if whole else old, weakref.ref(new) if new is not None else None))
         tracked.own(new)
@@ -637,45 +620,35 @@ class Recorder(TorchDispatchMode):
         new = tracked.activation
         if new is None:
             new = self._leaf(write.tensors[0], tracked)
-            new.version = None
-        self._unsettled.append(weakref.ref(new))
+            new.version = version_after(write, watch_of(new))
         write.old.handles = [weakref.ref(handle) for handle in write.handles if handle not in handles]
         for handle in handles:
             handle.activation = new
             new.add_handle(handle)
         for op in write.spared:
-            read_instead(op, write.old, new)
-            if op.guards:
-                self._unsettled.append(weakref.ref(op))
+            read_instead(op, write, new)
 
-    def _settle(self) -> None:
-        """Learn the versions of what was written: autograd counts a write after it."""
-        unsettled, self._unsettled = self._unsettled, []
-        for reference in unsettled:
-            written = reference()
-            if isinstance(written, Op):
-                for guard in written.guards:
-                    guard.settle()
-            elif written is not None and written.version is None:
-                tensor = watch_of(written)
-                if tensor is not None and not tensor.is_inference():
-                    written.version = tensor._version
-
-    def _failed(self, writes: list[Write]) -> None:
-        """An op raised, or wrote to another storage than it was given: what these hold now, nobody knows.
-
-        What was wanted of them is there as after a write.
-        """
+    def _failed(self, writes: list[Write], lists: Sequence[tuple[Tensor, int]]) -> None:
+        """An op raised, which may have written some of what it would have written."""
+        count_listed(writes, lists)
         for write in writes:
-            tracked = self._storages.get(write.key)
-            if tracked is None:
-                continue
-            if tracked.activation is write.old:
-                tracked.own(None)
-                tracked.value_id = -1
-            lost = write.old.op is None and not write.old.is_live
-            if write.tensors[0].untyped_storage()._cdata == write.key:
-                self._move(write.handles if lost else [], write)
+            write.counted = False
+            self._lost(write)
+
+    def _lost(self, write: Write) -> None:
+        """An op raised, or wrote to another storage than it was given: what this one holds now, nobody knows.
+
+        What was wanted of it is there as after a write.
+        """
+        tracked = self._storages.get(write.key)
+        if tracked is None:
+            return
+        if tracked.activation is write.old:
+            tracked.own(None)
+            tracked.value_id = -1
+        lost = write.old.op is None and not write.old.is_live
+        if write.tensors[0].untyped_storage()._cdata == write.key:
+            self._move(write.handles if lost else [], write)
 
     def _past(self, tensors: list[Tensor]) -> list[Write]:
         """The values of older forwards that are about to be overwritten through `tensors`, which are of one storage."""
@@ -736,12 +709,10 @@ class Recorder(TorchDispatchMode):
         try:
             result = self._run(func, traits, args, kwargs, self.modules.current, None)
         except BaseException:
-            count_writes(lists)
-            self._failed([*written, *past])
+            self._failed([*written, *past], lists)
             raise
         seconds = self._room.seconds if self._room.measures else time.perf_counter() - start
-        if lists:
-            count_writes(lists)
+        count_listed((*written, *past), lists)
         if written or past:
             op = Op(func, self.modules.current, self.number, False, None)
             for write in written:
@@ -804,7 +775,6 @@ class Recorder(TorchDispatchMode):
         if graph_task == self._graph_task:
             return
         self._graph_task = graph_task
-        self._settle()
         when_backward_ends(self._backward_ended)
         if not torch.is_grad_enabled():  # else what is computed now may be recomputed from what is there
             self._loose = True

@@ -34,7 +34,7 @@ class Write:
         handles: what autograd saved of `old`.
         doomed: those of them that the write destroys in the sight of autograd, if it asks.
         spared: the ops that read of `old` only what the write does not touch, if `old` is a leaf.
-        counted: autograd counts the write, if it sees the tensors.
+        counted: autograd is still to count the write, if it sees the tensors.
     """
 
     __slots__ = ("counted", "doomed", "handles", "key", "old", "spared", "tensors", "watch", "whole")
@@ -53,17 +53,17 @@ class Write:
         return not all(disjoint(window, window_of(tensor)) for tensor in self.tensors)
 
 
-def version_after(write: Write, lists: Sequence[tuple[Tensor, int]], watch: Tensor | None = None) -> int | None:
-    """The version of what is written, once autograd has counted the write; those to `lists` it has. That of `watch`, if
-    it is to be known by another tensor from now on."""
+def version_after(write: Write, watch: Tensor | None) -> int | None:
+    """The version of `watch` once autograd has counted a write that has just been done, if it is going to.
+
+    To read it later would count, as part of the write, what a kernel that no dispatcher sees has written meanwhile.
+    """
     target = write.tensors[0]
     if watch is None:
-        watch = target if write.watch is None else write.watch
+        watch = target
     if target.is_inference() or watch.is_inference():
         return None
-    waits = write.counted and not any(tensor is target for tensor, _ in lists)
-    if waits and watch is not target:
-        waits = _counted_in([target], [watch]) == [True]
+    waits = write.counted and (watch is target or _counted_in([target], [watch]) == [True])
     return watch._version + waits
 
 
@@ -90,14 +90,15 @@ def spare(write: Write, by: Op | None) -> None:
     old.readers = readers
 
 
-def read_instead(op: Op, old: Activation, new: Activation) -> None:
-    """Have an op read one leaf instead of another."""
+def read_instead(op: Op, write: Write, new: Activation) -> None:
+    """Have an op read what a leaf has become by a write that spared what it read."""
+    old = write.old
     for ref in _refs((op.args, *op.kwargs.values()), old):
         ref.activation = new
     op.inputs = [new if source is old else source for source in op.inputs]
     for guard in op.guards:
         if guard.leaf is old:
-            guard.leaf, guard.version = new, None
+            guard.leaf, guard.version = new, version_after(write, guard.tensor)
     new.readers = [*new.readers, weakref.ref(op)]
 
 
@@ -166,19 +167,21 @@ def uncounted_target(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def listed_targets(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[tuple[Tensor, int]]:
-    """The tensors that an op writes as members of lists, each with its version."""
-    if traits.name.startswith(_UNCOUNTED):
-        return ()
+    """The tensors that an op writes as members of lists, each with its version, -1 where nobody counts the write."""
+    counts = not traits.name.startswith(_UNCOUNTED)
     found = []
     for position, name in traits.writes:
         target = args[position] if position < len(args) else kwargs.get(name)
         if isinstance(target, (list, tuple)):
-            found += [(tensor, tensor._version) for tensor in target if not tensor.is_inference()]
+            found += [(tensor, tensor._version if counts else -1) for tensor in target if not tensor.is_inference()]
     return found
 
 
-def count_writes(lists: Sequence[tuple[Tensor, int]]) -> None:
+def count_listed(writes: Sequence[Write], lists: Sequence[tuple[Tensor, int]]) -> None:
     """Count the writes to lists of tensors: PyTorch's kernels do so above a dispatch mode, and not under one."""
     for tensor, version in lists:
         if tensor._version == version:
             torch.autograd.graph.increment_version(tensor)
+    for write in writes if lists else ():
+        if any(tensor is write.tensors[0] for tensor, _ in lists):
+            write.counted = False
