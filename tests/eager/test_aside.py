@@ -618,10 +618,10 @@ def decides(
     ledger: Paper,
     gradients: Callable[[], int] = lambda: 0,
     fits: Callable[[int], bool] = lambda nbytes: True,
-    alone: Callable[[], bool] = lambda: True,
+    unattended: Callable[[], bool] = lambda: True,
 ) -> Aside:
     """A decision on paper."""
-    return Aside(ledger, lambda: 0, gradients, fits, alone)
+    return Aside(ledger, lambda: 0, gradients, fits, unattended)
 
 
 def played(decision: Aside, ledger: Paper, peak: int, passes: int = 1) -> list[bool]:
@@ -678,7 +678,7 @@ def test_nobody_watches_where_nobody_else_runs(then: bool, now: bool) -> None:
     """A backward pass is left alone as a whole if nobody else's code was seen in the one that was watched, and none is
     known now; else the recorder steps aside node by node."""
     ledger, answers = Paper(), [then, now]
-    decision = decides(ledger, alone=lambda: answers.pop(0))
+    decision = decides(ledger, unattended=lambda: answers.pop(0))
     played(decision, ledger, 900)
     assert not decision.whole
     decision.ended(lambda: 900)

@@ -66,8 +66,8 @@ class Recorder(TorchDispatchMode):
         number: of the last op that may be repeated.
         checksums: where to remember the bytes of activations, None if nobody will compare them.
         home: the stream that the step began on; None if there is none, or it has not begun.
-        alone: whether no op of a step has to be seen in its backward pass: since this was set, nobody else's code was
-            seen to run there or to be about to, no op wrote there over what may be wanted back, and none ran on
+        unattended: whether no op of a step has to be seen in its backward pass: since this was set, nobody else's code
+            was seen to run there or to be about to, no op wrote there over what may be wanted back, and none ran on
             another stream.
         stranger: whether a tensor was read, since this was set, that takes a gradient and is not known to belong to a
             module.
@@ -86,7 +86,7 @@ class Recorder(TorchDispatchMode):
         self.number = 0
         self.checksums: Checksums | None = None
         self.home: Home | None = None
-        self.alone, self.stranger = True, False
+        self.unattended, self.stranger = True, False
         self._away = ""
         self._has_streams = has_streams()
         self._room = room
@@ -132,8 +132,8 @@ class Recorder(TorchDispatchMode):
         if backward:
             if graph_task != self._graph_task:
                 self.backward_begins(graph_task)
-            if self.alone:
-                self.alone = called_by_engine()
+            if self.unattended:
+                self.unattended = called_by_engine()
         if traits.reshapes:
             return self._reshape(func, args, kwargs)
         if self._has_streams:
@@ -142,7 +142,7 @@ class Recorder(TorchDispatchMode):
         if (not grad_mode and backward) or _inference_mode():
             destroys = traits.mutates and self._may_destroy(traits, args, kwargs)
             if destroys:
-                self.alone = False
+                self.unattended = False
             if destroys or self.tape is not None:
                 return self._pass(func, traits, args, kwargs, backward)
             return self._count(self._run(func, traits, args, kwargs, self.modules.current, None))
@@ -163,7 +163,7 @@ class Recorder(TorchDispatchMode):
             return ""
         if not home.is_left():
             return ""
-        self.alone = False
+        self.unattended = False
         home.lend(tensors_in((args, tuple(kwargs.values()))), backward)
         return ELSEWHERE
 

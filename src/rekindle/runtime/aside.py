@@ -29,13 +29,13 @@ class _Watched:
     Attributes:
         peak: the most bytes that its ops had allocated, above what there was when it began.
         highest: the most bytes that were live, what stood before it included.
-        alone: whether nothing was seen in its backward pass that always has to be.
+        unattended: whether nothing was seen in its backward pass that always has to be.
         since: how many such steps were not watched since.
     """
 
     peak: int
     highest: int
-    alone: bool
+    unattended: bool
     since: int = 0
 
 
@@ -54,10 +54,10 @@ class Aside:
         now: Callable[[], int],
         gradients: Callable[[], int],
         fits: Callable[[int], bool],
-        alone: Callable[[], bool],
+        unattended: Callable[[], bool],
     ) -> None:
         """`now()` is the number of the last recorded op, `gradients()` of elements that the gradients have,
-        `fits(nbytes)` whether a step that needs so many surely does not run out of memory, and `alone()` whether
+        `fits(nbytes)` whether a step that needs so many surely does not run out of memory, and `unattended()` whether
         nothing is known that has to be seen in the backward pass."""
         self.active = self.whole = False
         self.highest = 0
@@ -65,7 +65,7 @@ class Aside:
         self._now = now
         self._gradients = gradients
         self._fits = fits
-        self._alone = alone
+        self._unattended = unattended
         self._known: dict[Hashable, _Watched] = {}
         self._kind: Hashable = None
         self._allowed = self._regular = False
@@ -97,7 +97,7 @@ class Aside:
             return
         ledger.peak_nbytes = max(ledger.peak_nbytes, self._entry + known.peak)
         self.active, self.highest = True, known.highest
-        self.whole = known.alone and self._alone()
+        self.whole = known.unattended and self._unattended()
 
     def stop(self) -> None:
         """Watch what is left of the step: it is another than those before."""
@@ -110,4 +110,4 @@ class Aside:
             return
         if len(self._known) >= _MOST_KNOWN and self._kind not in self._known:
             del self._known[next(iter(self._known))]
-        self._known[self._kind] = _Watched(self._ledger.peak_nbytes - self._entry, highest(), self._alone())
+        self._known[self._kind] = _Watched(self._ledger.peak_nbytes - self._entry, highest(), self._unattended())

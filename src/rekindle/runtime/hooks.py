@@ -89,7 +89,7 @@ class SavedTensors:
         recorder = self._recorder
         call = recorder.modules.current
         if hooked(tensor):
-            recorder.alone = False
+            recorder.unattended = False
         try:
             key = tensor.untyped_storage()._cdata
         except (NotImplementedError, RuntimeError):  # sparse, mkldnn: no storage

@@ -189,7 +189,9 @@ class Session:
             lambda activation, call: self._decisions.saved(activation, call),
             inplace == "snapshot",
         )
-        self._aside = Aside(ledger, lambda: self._recorder.number, self._gradients, self._surely_fits, self._runs_alone)
+        self._aside = Aside(
+            ledger, lambda: self._recorder.number, self._gradients, self._surely_fits, self._runs_unattended
+        )
         self._saved_tensors.aside = self._aside
         if verify:
             checksums = Checksums()
@@ -212,7 +214,7 @@ class Session:
 
     def _open(self) -> None:
         self._signature = None
-        self._recorder.home, self._recorder.alone, self._recorder.stranger = None, True, False
+        self._recorder.home, self._recorder.unattended, self._recorder.stranger = None, True, False
         self._decide_with(self._new_decisions())
         self._recorder.tape = tape = Tape(self._ledger) if self._learner.records else None
         self._ledger.on_end = tape.died if tape is not None else None
@@ -383,11 +385,11 @@ class Session:
             aside.backward_begins()
         return left(self._recorder) if aside.whole and _may_switch() else nullcontext()
 
-    def _runs_alone(self) -> bool:
+    def _runs_unattended(self) -> bool:
         """Whether nobody else's code is known to run in the backward pass, and no gradient is made there that nobody
         finds afterwards though its bytes count."""
         recorder = self._recorder
-        if not (recorder.alone and recorder.is_at_home) or (recorder.stranger and self._watches):
+        if not (recorder.unattended and recorder.is_at_home) or (recorder.stranger and self._watches):
             return False
         return not any(map(any_hooked, list(self.modules.roots)))
 
