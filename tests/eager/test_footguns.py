@@ -242,9 +242,9 @@ class Sparse(nn.Module):
         self.rows = dense.to_sparse_csr()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Dense, sparse in both layouts, dense."""
+        """Dense, sparse in both layouts and turned in place, dense."""
         x = self.layer(x + self.words(torch.arange(32)))
-        x = F.gelu(torch.sparse.mm(self.edges, x))
+        x = F.gelu(torch.sparse.mm(self.edges.clone().t_().t_(), x))
         y = (x.detach() * (x.detach() > 0.5)).to_sparse()
         x = F.gelu(self.rows @ x) + torch.sparse.mm(y, self.layer.down.weight[:, :64].sum(0).expand(64, 64)).cos()
         return self.layer(x)

@@ -243,6 +243,14 @@ class Ledger:
         """The record of the tensor's storage, if the session has seen it. Raises for tensors without a storage."""
         return self.storages.get(tensor.untyped_storage()._cdata)
 
+    def current(self, tensor: torch.Tensor) -> Activation | None:
+        """The value that the tensor's storage holds, if somebody has asked since the last forward."""
+        try:
+            tracked = self.find(tensor)
+        except (NotImplementedError, RuntimeError):
+            return None
+        return tracked.activation if tracked is not None else None
+
     def note(self, nbytes: int) -> None:
         """Note that a kernel has `nbytes` more for a moment than those that are live."""
         self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes + nbytes)

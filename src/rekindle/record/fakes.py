@@ -297,6 +297,7 @@ class FakeRecorder(Recorder):
 
     def __init__(self, fakes: Fakes, *rest: Any) -> None:
         super().__init__(*rest)
+        self.leaves.is_parameter = lambda tensor: isinstance(tensor, torch.nn.Parameter)
         self._contents = fakes.contents
         self._state_nbytes = torch.get_rng_state().nbytes if fakes.kind == "cpu" else _PHILOX
 
@@ -315,9 +316,6 @@ class FakeRecorder(Recorder):
     def _state(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[torch.Generator, Tensor]:
         """Bytes for the state of a generator; none is looked at, and none is drawn from."""
         return torch.default_generator, torch.empty(self._state_nbytes, dtype=torch.uint8)
-
-    def _is_parameter(self, tensor: Tensor) -> bool:
-        return isinstance(tensor, torch.nn.Parameter)
 
     def _drew(self, op: Op, generator: torch.Generator, state: Tensor) -> bool:
         """Whether a real op would have drawn, by its arguments."""

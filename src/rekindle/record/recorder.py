@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rekindle.record.activation import Activation, Guard, Op, Ref, Scratch
 from rekindle.record.aliasing import Ledger, Tracked, covers, window_of
+from rekindle.record.leaves import Leaves
 from rekindle.record.modules import ModuleCall, ModuleStack
+from rekindle.record.overwriting import Overwriting
 from rekindle.record.schema import KNOWN, Traits, trains, traits_of, why_opaque
 from rekindle.record.seams import Checksums, Keeper, Room
 from rekindle.record.streams import ELSEWHERE, Home, find_home, has_streams
@@ -30,19 +32,12 @@ from rekindle.record.torch_private import (
 from rekindle.record.writes import (
     Write,
     count_listed,
-    count_no_write,
     listed_targets,
-    read_instead,
-    seen_handles,
-    spare,
     tensors_in,
     uncounted_target,
-    version_after,
-    watch_of,
     written_tensors,
 )
 
-LEAF = "a leaf"
 SMALL = "too small to be worth a decision"
 ASIDE = "small beside what its op made with it, and an op repeated for it alone costs more"
 UNINITIALISED = "from an empty tensor that no recorded op has filled"
@@ -60,6 +55,7 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         ledger: the storages seen.
+        leaves: where values come from that no op made.
         modules: the stack of module calls.
         tape: where the step is written down as a graph, None if it need not be.
         saves: how many tensors autograd saved since the last cut.
@@ -69,8 +65,6 @@ class Recorder(TorchDispatchMode):
         unattended: whether no op of a step has to be seen in its backward pass: since this was set, nobody else's code
             was seen to run there or to be about to, no op wrote there over what may be wanted back, and none ran on
             another stream.
-        stranger: whether a tensor was read, since this was set, that takes a gradient and is not known to belong to a
-            module.
     """
 
     def __init__(
@@ -80,25 +74,30 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = ledger
         self.modules = modules
-        self.keeper = keeper
+        self._keeper = keeper
         self.tape: Tape | None = None
         self.saves = 0
         self.number = 0
         self.checksums: Checksums | None = None
         self.home: Home | None = None
-        self.unattended, self.stranger = True, False
+        self.unattended = True
         self._away = ""
         self._has_streams = has_streams()
         self._room = room
         self._hungry = room.hungry
         self._min_nbytes = min_nbytes
-        self._snapshot = snapshot
+        self.leaves = Leaves(ledger, modules)
+        self._overwriting = Overwriting(ledger, self.leaves, keeper, snapshot)
         self._storages = ledger.storages
         self._next_cut = _OPS_BETWEEN_CUTS
         self._graph_task = -1
         self._loose = False  # a backward pass is running from which nothing will be recomputed
         self._ask_reads = False
         self._to_hold: list[tuple[Activation, Tensor]] = []
+
+    def ask(self, keeper: Keeper) -> None:
+        """Ask another one from now on what is kept."""
+        self._keeper = self._overwriting.keeper = keeper
 
     def cut(self) -> None:
         """Make every value there is a leaf for the ops to come: a forward never reaches back into an older one."""
@@ -140,7 +139,7 @@ class Recorder(TorchDispatchMode):
             self._away = self._leave_home(args, kwargs, backward)
         grad_mode = _grad_mode()
         if (not grad_mode and backward) or _inference_mode():
-            destroys = traits.mutates and self._may_destroy(traits, args, kwargs)
+            destroys = traits.mutates and self._overwriting.may_destroy(traits, args, kwargs)
             if destroys:
                 self.unattended = False
             if destroys or self.tape is not None:
@@ -219,7 +218,7 @@ class Recorder(TorchDispatchMode):
         op = Op(func, call, number, grad_mode, self.home)
         if self._to_hold:
             self._to_hold.clear()
-        self._ask_reads = self.keeper.reads and not backward  # backward ops run outside of all modules
+        self._ask_reads = self._keeper.reads and not backward  # backward ops run outside of all modules
         opaque = traits.opaque or self._away or (why_opaque(func, args, kwargs) if traits.check else "")
         written: list[Write] = []
         past: list[Write] = []
@@ -238,13 +237,13 @@ class Recorder(TorchDispatchMode):
             op.random = self._state(args, kwargs)
         if written:
             uncounted = uncounted_target(traits, args, kwargs)
-            past = [former for write in written for former in self._past(write.tensors)]
+            past = [former for write in written for former in self._overwriting.past(write.tensors)]
             for write in written:
                 write.counted = write.tensors[0] is not uncounted
                 if not opaque and (write.old in op.inputs if write.whole else write.old.op is None):
                     opaque = OVERWRITTEN_LEAF
             for write in (*written, *past):
-                self._before_write(write, op)
+                self._overwriting.before(write, op)
             lists = listed_targets(traits, args, kwargs)
 
         start = _clock()
@@ -252,7 +251,7 @@ class Recorder(TorchDispatchMode):
             result = self._run(func, traits, args, kwargs, call, op.random)
         except BaseException:
             self._to_hold.clear()
-            self._failed([*written, *past], lists)
+            self._overwriting.failed([*written, *past], lists)
             raise
         op.seconds = self._room.seconds if self._room.measures else _clock() - start
         if op.random is not None:
@@ -261,9 +260,9 @@ class Recorder(TorchDispatchMode):
         made: list[Activation | None] = []
         if written:
             count_listed((*written, *past), lists)
-            made += [self._rewrite(op, opaque, write) for write in written]
+            made += [self._overwriting.rewrite(op, opaque, write) for write in written]
             for write in past:
-                self._displace(op, write)
+                self._overwriting.displace(op, write)
         if isinstance(result, Tensor):
             op.outputs = (self._output(op, traits, opaque, result, call, made),)
         elif result is not None:
@@ -336,11 +335,20 @@ class Recorder(TorchDispatchMode):
         new_args: list[Any] = list(args)
         for position, arg in enumerate(args):
             if position in stats and arg is not None:
-                new_args[position] = self._scratch(arg) if training else self._frozen(arg, op)
+                new_args[position] = self._statistic(arg, op, training)
             else:
                 new_args[position] = self._argument(arg, position in positions, op, me, traits, written)
         new_kwargs = {name: self._argument(arg, name in names, op, me, traits, written) for name, arg in kwargs.items()}
         return new_args, new_kwargs
+
+    def _statistic(self, tensor: Tensor, op: Op, training: bool) -> Ref | Scratch:
+        """A running statistic: written, and read by nothing that will be repeated; or read, and not written."""
+        if training:
+            self._overwriting.update(tensor)
+            return Scratch(tensor)
+        activation = self.leaves.copy_of(tensor)
+        op.inputs.append(activation)
+        return Ref(activation, activation.window)
 
     def _argument(
         self,
@@ -373,15 +381,13 @@ class Recorder(TorchDispatchMode):
             if version is not None and (tensor if base is None else base)._version != version:
                 activation = None
         if activation is None:
-            activation = self._leaf(tensor, tracked)
+            activation = self.leaves.of(tensor, tracked)
             known = activation.weak() if activation.weak is not None else None
         if activation.op is None:
             self._guard(activation, tensor, known, op)
         else:
-            if activation.version is None:
-                known = self.first_read(activation, tensor)
             if activation.held is None:
-                if not activation.is_checkpoint and self._ask_reads and self.keeper.read(activation.call, op.call):
+                if not activation.is_checkpoint and self._ask_reads and self._keeper.read(activation.call, op.call):
                     activation.is_checkpoint = True
                 if activation.is_checkpoint:
                     self._to_hold.append((activation, tensor))
@@ -415,7 +421,7 @@ class Recorder(TorchDispatchMode):
         storage = tensor.untyped_storage()
         tracked = self._storages.get(storage._cdata)
         if tracked is None or (activation := tracked.activation) is None or activation.stale(tensor):
-            activation = self._leaf(tensor, tracked)
+            activation = self.leaves.of(tensor, tracked)
             tracked = self._storages[storage._cdata]
         whole = traits.overwrites and tracked.nbytes > 0 and covers(tensor, storage.nbytes())
         whole = whole and activation not in op.inputs
@@ -430,66 +436,6 @@ class Recorder(TorchDispatchMode):
             return Scratch(tensor, len(written) - 1)
         return self._ref(tensor, op, me)
 
-    def _scratch(self, tensor: Tensor) -> Scratch:
-        """A running statistic: written, and never read by anything that will be repeated."""
-        writes = self._past([tensor])
-        current = self._current(tensor)
-        if current is not None:
-            writes.append(Write(current, tensor, False))
-        for write in writes:
-            self.keeper.before_write(write.old, None, False)
-        if current is not None:
-            self._storages[writes[-1].key].own(None)
-        for write in writes:
-            write.counted = False  # what autograd saved is there still
-            self._move(write.handles, write)
-        return Scratch(tensor)
-
-    def _frozen(self, tensor: Tensor, op: Op) -> Ref:
-        """A running statistic that is read: a copy, since training overwrites it without counting a version."""
-        copy = tensor.clone()
-        storage = copy.untyped_storage()
-        activation = Activation(None, window_of(copy), storage.nbytes(), self.modules.current, LEAF)
-        activation.key = tensor.untyped_storage()._cdata
-        activation.held, activation.version = copy, copy._version
-        tracked = self.ledger.track(storage, None, activation.nbytes)
-        tracked.recomputed = True
-        tracked.lend(activation)
-        op.inputs.append(activation)
-        return Ref(activation, activation.window)
-
-    def _leaf(self, tensor: Tensor, tracked: Tracked | None) -> Activation:
-        """A value that no op of this forward made. It is held, since nothing could bring it back: by an alias, or if it
-        is a parameter by its storage, which costs less."""
-        storage = tensor.untyped_storage()
-        if tensor.is_quantized:
-            raise NotImplementedError("quantised tensors are left alone")
-        if tracked is None:
-            tracked = self.ledger.track_leaf(tensor)
-            assert tracked is not None
-        if not (tracked.stays or self.stranger):
-            source = tensor if tensor._base is None else tensor._base
-            self.stranger = source.requires_grad and source.is_leaf
-        owner = tensor if self._is_parameter(tensor) else tensor._base
-        if owner is not None and (owner is tensor or self._is_parameter(owner)) and not owner.is_inference():
-            activation = Activation(None, window_of(owner), storage.nbytes(), self.modules.outside, LEAF)
-            activation.storage, activation.version = storage, owner._version
-            activation.weak, activation.home = weakref.ref(owner), owner.untyped_storage()._cdata
-        else:
-            activation = Activation(None, window_of(tensor), storage.nbytes(), self.modules.current, LEAF)
-            if tensor.is_inference():
-                activation.held = tensor
-            else:
-                activation.held = alias(tensor)
-                activation.version = tensor._version
-                activation.watch(tensor)
-        tracked.owned, tracked.lent = None, weakref.ref(activation)
-        activation.key, activation.value_id = tracked.key, tracked.value_id
-        return activation
-
-    def _is_parameter(self, tensor: Tensor) -> bool:
-        return type(tensor) is torch.nn.Parameter
-
     def hold(self, activation: Activation, tensor: Tensor) -> None:
         """Keep the bytes of an activation that `tensor` looks at. From inside a dispatch only."""
         source = activation.watched()
@@ -500,7 +446,7 @@ class Recorder(TorchDispatchMode):
 
     def leaf(self, tensor: Tensor) -> Activation:
         """The value of a tensor that no recorded op made."""
-        return self._leaf(tensor, self.ledger.find(tensor))
+        return self.leaves.of(tensor, self.ledger.find(tensor))
 
     def lend(self, activation: Activation) -> None:
         """Note that an activation holds its bytes itself now."""
@@ -512,18 +458,12 @@ class Recorder(TorchDispatchMode):
             activation.lender = tracked
 
     def first_read(self, activation: Activation, tensor: Tensor) -> Tensor:
-        """Know a value through `tensor`, if nobody holds the recorded one any more, and its version through that.
-
-        The version of what an in-place op wrote is known only after autograd has counted the write. Returns the tensor
-        that the value is known by now.
-        """
-        source = activation.watched()
-        if source is None:
-            source = tensor
-            activation.watch(tensor)
-            activation.window = window_of(tensor)
-        activation.version = source._version
-        return source
+        """Know a value through `tensor`, and its version through that: nobody holds the recorded one any more. Returns
+        `tensor`."""
+        activation.watch(tensor)
+        activation.window = window_of(tensor)
+        activation.version = tensor._version
+        return tensor
 
     def _output(
         self,
@@ -552,48 +492,10 @@ class Recorder(TorchDispatchMode):
         activation = Activation(None if why else op, window_of(tensor), nbytes, call, why)
         activation.weak, activation.version = weakref.ref(tensor), tensor._version
         activation.home = self.ledger.track(storage, activation, nbytes).key
-        if not why and self.keeper.makes and self.keeper.made(traits.name, activation):
+        if not why and self._keeper.makes and self._keeper.made(traits.name, activation):
             activation.is_checkpoint = True
         made.append(activation)
         return weakref.ref(activation)
-
-    def _before_write(self, write: Write, op: Op | None) -> None:
-        """Save what is still needed of the old version."""
-        old = write.old
-        if write.handles and write.counted:
-            write.doomed = seen_handles(write)
-            if self._snapshot:
-                write.doomed = [handle for handle in write.doomed if write.touches(handle.window)]
-        if old.op is None and old.is_source(but=op):
-            spare(write, op)
-        self.keeper.before_write(old, op, self._snapshot and bool(write.doomed))
-
-    def _rewrite(self, op: Op, opaque: str, write: Write) -> Activation | None:
-        """The storage holds a new value now. None if that value is a leaf, to be seen when it is read."""
-        old, tensor, whole = write.old, write.tensors[0], write.whole
-        storage = tensor.untyped_storage()
-        tracked = self._storages.get(write.key)
-        if tracked is None or storage._cdata != write.key:  # set_() moved the tensor to another storage
-            op.writes = (*op.writes, (old, None))
-            self._lost(write)
-            if write.doomed and not self._snapshot:
-                old.overwritten = f"{op.func} in {op.call.describe()}"
-            return None
-        resized = storage.nbytes() != old.nbytes
-        if resized:
-            self.ledger.resized(tracked, storage.nbytes())
-        new: Activation | None = None
-        if not (opaque or resized) and (whole or old.op is not None):
-            source = tensor if write.watch is None else write.watch
-            new = Activation(op, window_of(source), old.nbytes, op.call)
-            new.watch(source)
-            new.version = version_after(write, source)
-            new.is_checkpoint = self.keeper.makes and self.keeper.made(str(op.func), new)
-        op.writes = (*op.writes, (None if whole else old, weakref.ref(new) if new is not None else None))
-        tracked.own(new)
-        tracked.value_id = -1
-        self._displace(op, write)
-        return new
 
     def _rewritten(self, tape: Tape, written: list[Write], made: Sequence[Activation | None], why: str) -> list[int]:
         """The ids of what storages hold since an op wrote to them, where that is a leaf."""
@@ -603,62 +505,6 @@ class Recorder(TorchDispatchMode):
             if new is None and tracked is not None and write.tensors[0].untyped_storage()._cdata == write.key:
                 found += tape.rewritten(tracked, write.old, why)
         return found
-
-    def _displace(self, op: Op, write: Write) -> None:
-        """See to what is still wanted of a value that has been overwritten."""
-        old, doomed = write.old, write.doomed
-        if doomed and not self._snapshot:
-            old.overwritten = f"{op.func} in {op.call.describe()}"
-        # Written behind autograd's back, through .data, or not touched: what it saved is there still.
-        self._move([handle for handle in write.handles if handle not in doomed], write)
-
-    def _move(self, handles: list[Any], write: Write) -> None:
-        """What autograd saved, and what was read, of an overwritten value is to be found in the new one."""
-        if not handles and not write.spared:
-            return
-        tracked = self._storages[write.key]
-        new = tracked.activation
-        if new is None:
-            new = self._leaf(write.tensors[0], tracked)
-            new.version = version_after(write, watch_of(new))
-        write.old.handles = [weakref.ref(handle) for handle in write.handles if handle not in handles]
-        for handle in handles:
-            handle.activation = new
-            new.add_handle(handle)
-        for op in write.spared:
-            read_instead(op, write, new)
-
-    def _failed(self, writes: list[Write], lists: Sequence[tuple[Tensor, int]]) -> None:
-        """An op raised, which may have written some of what it would have written."""
-        count_listed(writes, lists)
-        for write in writes:
-            write.counted = False
-            self._lost(write)
-
-    def _lost(self, write: Write) -> None:
-        """An op raised, or wrote to another storage than it was given: what this one holds now, nobody knows.
-
-        What was wanted of it is there as after a write.
-        """
-        tracked = self._storages.get(write.key)
-        if tracked is None:
-            return
-        if tracked.activation is write.old:
-            tracked.own(None)
-            tracked.value_id = -1
-        lost = write.old.op is None and not write.old.is_live
-        if write.tensors[0].untyped_storage()._cdata == write.key:
-            self._move(write.handles if lost else [], write)
-
-    def _past(self, tensors: list[Tensor]) -> list[Write]:
-        """The values of older forwards that are about to be overwritten through `tensors`, which are of one storage."""
-        tracked = self._storages.get(tensors[0].untyped_storage()._cdata)
-        if tracked is None or not tracked.past:
-            return []
-        writes = [Write(old, tensors[0], False) for old in tracked.end_past()]
-        for write in writes:
-            write.tensors = tensors
-        return writes
 
     def _value(self, tape: Tape, activation: Activation) -> int:
         """The id of a value that an op read. Its storage remembers it: the activation may go before the bytes do."""
@@ -671,23 +517,6 @@ class Recorder(TorchDispatchMode):
 
     # -- one op that is only counted ---------------------------------------------------------------------------------
 
-    def _may_destroy(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether an op writes over what anybody may want back. Most that write in the backward pass add to a gradient,
-        which nobody does."""
-        if traits.stats is not None:
-            return True
-        for position, name in traits.writes:
-            target = args[position] if position < len(args) else kwargs.get(name)
-            if not isinstance(target, Tensor):
-                return True
-            try:
-                tracked = self._storages.get(target.untyped_storage()._cdata)
-            except (NotImplementedError, RuntimeError):
-                return True
-            if tracked is not None and (tracked.owned is not None or tracked.lent is not None or tracked.past):
-                return True
-        return False
-
     def _pass(self, func: Any, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool) -> Any:
         """Run an op that nothing will be recomputed from: in the backward pass, or on tensors without a storage."""
         targets: dict[int, list[Tensor]] = {}
@@ -696,12 +525,12 @@ class Recorder(TorchDispatchMode):
                 targets.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
         written, past = [], []
         for tensors in targets.values():
-            past += self._past(tensors)
-            if (old := self._current(tensors[0])) is not None:
+            past += self._overwriting.past(tensors)
+            if (old := self.ledger.current(tensors[0])) is not None:
                 written.append(Write(old, tensors[0], False))
                 written[-1].tensors = tensors
         for write in (*written, *past):
-            self._before_write(write, None)
+            self._overwriting.before(write, None)
         tape = self.tape
         inputs = tape.values_read(self.ledger, args, kwargs) if tape is not None else []
         start = time.perf_counter()
@@ -709,16 +538,16 @@ class Recorder(TorchDispatchMode):
         try:
             result = self._run(func, traits, args, kwargs, self.modules.current, None)
         except BaseException:
-            self._failed([*written, *past], lists)
+            self._overwriting.failed([*written, *past], lists)
             raise
         seconds = self._room.seconds if self._room.measures else time.perf_counter() - start
         count_listed((*written, *past), lists)
         if written or past:
             op = Op(func, self.modules.current, self.number, False, None)
             for write in written:
-                self._rewrite(op, "not recorded", write)
+                self._overwriting.rewrite(op, "not recorded", write)
             for write in past:
-                self._displace(op, write)
+                self._overwriting.displace(op, write)
         if tape is None:
             return self._count(result)
         outputs = [tape.plain_value(tracked) for tracked in self.count_new(result)]
@@ -736,29 +565,16 @@ class Recorder(TorchDispatchMode):
         self._count(result)
         return [self._storages[key] for key in new]
 
-    def _current(self, tensor: Tensor) -> Activation | None:
-        try:
-            tracked = self.ledger.find(tensor)
-        except (NotImplementedError, RuntimeError):
-            return None
-        return tracked.activation if tracked is not None else None
-
     def _reshape(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An op such as `t_()` that turns the tensor itself: its bytes are the same, its window is another."""
         result = func(*args, **kwargs)
         tensor: Tensor = args[0]
-        activation = self._current(tensor)
+        if not _has_storage(tensor):
+            return result
+        activation = self.ledger.current(tensor)
         if activation is not None and activation.weak is not None and activation.weak() is tensor:
             activation.window = window_of(tensor)
-        tracked = self._storages.get(tensor.untyped_storage()._cdata)
-        past = [reference() for reference in tracked.past] if tracked is not None else []
-        for value in (activation, *past):
-            if value is None:
-                continue
-            if not self._snapshot and any(value.live_handles()) and seen_handles(Write(value, tensor, False)):
-                value.overwritten = f"{func} in {self.modules.current.describe()}"
-            else:
-                count_no_write(value, tensor)
+        self._overwriting.turned(tensor, f"{func} in {self.modules.current.describe()}")
         return result
 
     def make_room(self, nbytes: int, node: str) -> None:

@@ -191,7 +191,7 @@ class SavedTensors:
         recorder = self._recorder
         recorder.saves += 1
         source = activation.watched()
-        if activation.version is None or (source is None and activation.held is None):
+        if source is None and activation.held is None:
             source = recorder.first_read(activation, tensor)
         if source is tensor:
             handle = Handle(activation, activation.window, None)

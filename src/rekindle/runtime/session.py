@@ -214,7 +214,7 @@ class Session:
 
     def _open(self) -> None:
         self._signature = None
-        self._recorder.home, self._recorder.unattended, self._recorder.stranger = None, True, False
+        self._recorder.home, self._recorder.unattended, self._recorder.leaves.stranger = None, True, False
         self._decide_with(self._new_decisions())
         self._recorder.tape = tape = Tape(self._ledger) if self._learner.records else None
         self._ledger.on_end = tape.died if tape is not None else None
@@ -306,7 +306,8 @@ class Session:
         self._step = Stats()
 
     def _decide_with(self, decisions: Decisions) -> None:
-        self._recorder.keeper = self._decisions = decisions
+        self._decisions = decisions
+        self._recorder.ask(decisions)
         self._saved_tensors.follower = decisions.follower
 
     def _new_decisions(self) -> Decisions:
@@ -389,7 +390,7 @@ class Session:
         """Whether nobody else's code is known to run in the backward pass, and no gradient is made there that nobody
         finds afterwards though its bytes count."""
         recorder = self._recorder
-        if not (recorder.unattended and recorder.is_at_home) or (recorder.stranger and self._watches):
+        if not (recorder.unattended and recorder.is_at_home) or (recorder.leaves.stranger and self._watches):
             return False
         return not any(map(any_hooked, list(self.modules.roots)))
 
