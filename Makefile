@@ -1,7 +1,7 @@
 # make demo    train a small GPT plain and with Rekindle, and compare
 # make test    everything that must pass: tests, linter, type checker
 # make test-full  the same, with every sample of PyTorch's operator database and every architecture of the model zoo;
-#              writes docs/op-database.md and docs/model-zoo.md
+#              writes docs/op-database.md, docs/model-zoo.md and docs/full-run.md
 # make smoke   the tests that take seconds
 # make lint    linter and type checker
 # make clean   remove what the others made

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
+import full_page
 from rekindle.record import sizes
 
+_STARTED = time.monotonic()
 NOT_ON_CUDA = {
     "[lstm-per-module]": "cuDNN's recurrent layers are never repeated, so nothing is left to evict",
     "[out_max": "the kernel refuses results of such strides",
@@ -48,6 +52,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for part, why in NOT_ON_CUDA.items():
             if part in item.nodeid:
                 item.add_marker(pytest.mark.skip(reason=why))
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    """Write down a full run of everything that passed."""
+    whole = config.args == config.getini("testpaths") and not (config.option.keyword or config.option.markexpr)
+    if os.environ.get("REKINDLE_TESTS") != "full" or exitstatus or not whole:
+        return
+    stats = {outcome: terminalreporter.stats.get(outcome, []) for outcome in ("passed", "skipped")}
+    tests = [report.nodeid for reports in stats.values() for report in reports]
+    outcomes = {outcome: len(reports) for outcome, reports in stats.items()}
+    full_page.write(outcomes, full_page.rooms_of(tests), time.monotonic() - _STARTED)
 
 
 @pytest.fixture(autouse=True)

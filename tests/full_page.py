@@ -1,0 +1,43 @@
+"""Writes docs/full-run.md when a full run has passed."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from report import table
+
+PAGE = Path(__file__).parents[1] / "docs" / "full-run.md"
+
+
+def write(outcomes: Mapping[str, int], rooms: Mapping[str, int], seconds: float) -> None:
+    """Write the page: how many tests had each outcome, how many are in each folder, and how long they ran."""
+    PAGE.write_text(page(outcomes, rooms, seconds), encoding="utf-8")
+
+
+def page(outcomes: Mapping[str, int], rooms: Mapping[str, int], seconds: float) -> str:
+    """The page as text."""
+    said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    rows = ((f"`{room}`", str(count)) for room, count in sorted(rooms.items()))
+    return f"""# The full run
+
+`make test-full` runs what `make test` takes samples of: [every op](op-database.md) of PyTorch's databases,
+[every architecture](model-zoo.md) of the model zoo, a hundred times as many programs by chance, others each time, and
+ten thousand steps with changing shapes. Written by `tests/full_page.py` when nothing failed.
+
+- Date: {datetime.date.today().isoformat()}
+- Versions: Python {platform.python_version()}, torch {torch.__version__}, {platform.system()} {platform.machine()}
+- {said}, in {datetime.timedelta(seconds=round(seconds))} h
+
+{table(("folder", "tests"), rows)}
+"""
+
+
+def rooms_of(tests: Iterable[str]) -> Counter[str]:
+    """How many tests are in each folder, by their ids."""
+    return Counter(str(Path(test.partition("::")[0]).parent) for test in tests)
