@@ -585,3 +585,40 @@ def test_ops_that_look_alike_take_as_long(learner: Learner) -> None:
     learner.learn(paper.chain_step(6, nbytes=sizes, seconds=times), peak=0, followed=False)
     (step,) = learner.plans.planned
     assert [op.seconds for op in step.graph.forward] == [1.0, 1.0, 1.0, 1.0, 1.0, 5.0]
+
+
+def test_ops_count_with_what_it_takes_to_repeat_them() -> None:
+    """What an op read has left the caches when it is repeated, so it counts with the seconds of repeats once there were
+    some, also of ops that look alike; others are taken to be as much slower as those were. Nothing repeats a backward
+    op."""
+    learner = Learner(None, 1 << 20)
+    graph = paper.chain_step(6, nbytes=[8, 8, 8, 8, 16, 32], seconds=[1.0, 1.0, 1.0, 1.0, 2.0, 4.0])
+    alike = graph.forward[1].number
+    learner.learn(graph, 0, None, repeats={alike: 1.5, alike + 1: 1.75})
+    learner.learn(graph, 0, None, repeats={alike: 1.25, graph.forward[4].number: 3.0})
+    (step,) = learner.plans.planned
+    slower = (4 * 1.5 + 3.0) / (4 * 1.0 + 2.0)
+    assert [op.seconds for op in step.graph.forward] == pytest.approx([1.5, 1.5, 1.5, 1.5, 3.0, 4.0 * slower])
+    backward = [op.seconds for op in step.graph.ops if op.backward]
+    assert backward == [op.seconds for op in graph.ops if op.backward]
+
+
+def test_repeats_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a step is recorded, each replayed op is timed, and known by its place in the graph."""
+    told: list[tuple[rekindle.graph.Graph, dict[int, float]]] = []
+    learn = Learner.learn
+
+    def spy(learner: Learner, graph: Any, *rest: Any) -> None:
+        told.append((graph, rest[-1]))
+        learn(learner, graph, *rest)
+
+    monkeypatch.setattr(Learner, "learn", spy)
+    session = rekindle.Session(memory_budget=budget_for(square, 0.4))
+    told.clear()
+    train(small_model, square, session, steps=2)
+    assert len(told) == 2
+    graph, repeats = told[-1]
+    assert len(repeats) == session.last_step.ops_replayed
+    assert {graph.ops[op].name for op in repeats} <= {op.name for op in graph.forward}
+    assert not any(graph.ops[op].backward for op in repeats)
+    assert 0 < sum(repeats.values()) <= session.last_step.replay_seconds

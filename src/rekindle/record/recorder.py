@@ -289,6 +289,7 @@ class Recorder(TorchDispatchMode):
                 tape.state(op.random[1].nbytes)
             if backward:
                 tape.runs(current_node())
+            tape.repeatable(number)
             tape.op(traits.name, inputs, outputs, call, op.seconds, backward, traits.random, self._room.temporaries)
         return result
 

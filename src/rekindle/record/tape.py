@@ -83,6 +83,8 @@ class Tape:
         self._call_ids: dict[int, int] = {0: 0}
         self._leaf_keys: dict[int, int] = {}
         self._saved: dict[int, weakref.ref[Activation]] = {}
+        self._numbers: dict[int, int] = {}
+        self._repeats: dict[int, list[float]] = {}
 
     def value_of(self, activation: Activation) -> int:
         """The id of an activation's value, given now if this is the first time it is seen."""
@@ -266,6 +268,20 @@ class Tape:
                 temporaries,
             )
         )
+
+    def repeatable(self, number: int) -> None:
+        """Note the number, in the stream of ops, of the one written down next."""
+        self._numbers[number] = len(self._ops)
+
+    def repeated(self, number: int, seconds: float) -> None:
+        """Note what it took to repeat an op, by its number in the stream."""
+        written = self._numbers.get(number)
+        if written is not None:  # else it belongs to an older step
+            self._repeats.setdefault(written, []).append(seconds)
+
+    def repeats(self) -> dict[int, float]:
+        """For the ops of the graph that were repeated: the seconds that took, the least if it was done often."""
+        return {written: min(seconds) for written, seconds in self._repeats.items()}
 
     def saved(self, activation: Activation, call: ModuleCall) -> None:
         """Note that autograd saved an activation while `call` was running."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median_low
+from types import MappingProxyType
 
 from rekindle.graph import Graph, Op, Plan
 from rekindle.policy import Planner, PolicyLike, decider_of, make_plan
@@ -23,8 +24,8 @@ class Learner:
     A plan that the user gives is obeyed as it is: nothing is recorded, and a step that is not the planned one refused.
     With a budget, a kind of step is recorded twice at least: the first step warms up caches and libraries, and ops look
     slower than they are. Identical layers repeat the same ops, which are taken to need the same time: on a busy machine
-    some of them look several times slower than others. What a planned step had live beyond its plan is counted as
-    standing when it is planned again.
+    some of them look several times slower than others. What it takes to repeat an op is learned from the repeats in
+    recorded steps. What a planned step had live beyond its plan is counted as standing when it is planned again.
     """
 
     def __init__(self, policy: PolicyLike | None, budget: int | None, plan: Plan | None = None) -> None:
@@ -46,15 +47,23 @@ class Learner:
             return None
         return self.plans.follow(refuses=self._given is not None)
 
-    def learn(self, graph: Graph, peak: int, followed: PlannedStep | None, held: frozenset[int] = frozenset()) -> None:
+    def learn(
+        self,
+        graph: Graph,
+        peak: int,
+        followed: PlannedStep | None,
+        held: frozenset[int] = frozenset(),
+        repeats: Mapping[int, float] = MappingProxyType({}),
+    ) -> None:
         """Plan for the step that has just been recorded. `peak` is the most bytes that were live in it, `followed` the
-        plan that was followed to its end, and `held` the values that autograd still has saved."""
+        plan that was followed to its end, `held` the values that autograd still has saved, and `repeats` the seconds
+        that ops took which were repeated."""
         again = False
         if self._policy is not None and not self._on_the_go:
             graph = _evened(graph)
             self.plans.add(graph, make_plan(self._policy, graph))
         elif self._budget is not None and self._policy is None and _is_whole(graph, held):
-            again = self._fit(graph, peak, followed, self._budget)
+            again = self._fit(graph, peak, followed, self._budget, repeats)
         self.records = again
 
     def ended(self, follower: Follower | None, peak: int) -> None:
@@ -67,15 +76,19 @@ class Learner:
             kind = self._kinds.get(follower.step.kind)
             self.records = kind is not None and kind.recorded < _MOST_RECORDED
 
-    def _fit(self, graph: Graph, peak: int, followed: PlannedStep | None, budget: int) -> bool:
+    def _fit(
+        self, graph: Graph, peak: int, followed: PlannedStep | None, budget: int, repeats: Mapping[int, float]
+    ) -> bool:
         """Plan for a budget. Returns whether the next step is to be recorded too."""
         number = kind_of(graph)
         kind = self._kinds.setdefault(number, _Kind())
         kind.recorded += 1
+        for op, seconds in repeats.items():
+            kind.repeats[_look_of(graph.ops[op], graph)].append(seconds)
         before, off = self.plans.find(number), False
         if before is not None:
             graph = _quicker(before.graph, graph)
-        graph = _evened(graph)
+        graph = _as_repeated(_evened(graph), kind.repeats)
         forecast = before.plan.forecast if before is not None and followed is before else None
         if forecast is not None:
             off = abs(peak - forecast.peak) > _OFF * forecast.peak or peak > budget
@@ -93,10 +106,17 @@ class Learner:
 
 @dataclass(slots=True)
 class _Kind:
-    """What is known of a kind of step beside its plan: how often it was recorded, and bytes that plans overlooked."""
+    """What is known of a kind of step beside its plan.
+
+    Attributes:
+        recorded: how often it was recorded.
+        excess: bytes that plans overlooked.
+        repeats: the seconds of ops that were repeated, by what they look like.
+    """
 
     recorded: int = 0
     excess: int = 0
+    repeats: defaultdict[Hashable, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
 def _is_whole(graph: Graph, held: frozenset[int]) -> bool:
@@ -126,6 +146,21 @@ def _evened(graph: Graph) -> Graph:
     return replace(
         graph, ops=tuple(replace(op, seconds=usual[look]) for op, look in zip(graph.ops, looks, strict=True))
     )
+
+
+def _as_repeated(graph: Graph, repeats: Mapping[Hashable, Sequence[float]]) -> Graph:
+    """`graph` with the seconds that it takes to repeat its ops. What they read has left the caches by then: those that
+    move bytes take up to twice as long. Others than were repeated are taken to be as much slower as those were."""
+    looks = [None if op.backward else _look_of(op, graph) for op in graph.ops]
+    usual = {look: median_low(seconds) for look, seconds in repeats.items()}
+    known = [(op.seconds, usual[look]) for op, look in zip(graph.ops, looks, strict=True) if look in usual]
+    first = sum(seconds for seconds, _ in known)
+    slower = sum(seconds for _, seconds in known) / first if first else 1.0
+    ops = (
+        op if look is None else replace(op, seconds=usual.get(look, slower * op.seconds))
+        for op, look in zip(graph.ops, looks, strict=True)
+    )
+    return replace(graph, ops=tuple(ops))
 
 
 def _look_of(op: Op, graph: Graph) -> Hashable:

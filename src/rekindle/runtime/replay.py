@@ -19,6 +19,7 @@ from rekindle.record.activation import Activation, Op, Ref, Scratch
 from rekindle.record.aliasing import Ledger, look
 from rekindle.record.schema import traits_of
 from rekindle.record.seams import Checksums, Room
+from rekindle.record.tape import Tape
 from rekindle.record.torch_private import (
     at_recorded_level,
     conjugating,
@@ -43,6 +44,7 @@ class Replayer:
         """`stats()` is where to count, `name_of(address)` the name of a parameter for error messages."""
         self.room = room
         self.checksums: Checksums | None = None
+        self.tape: Tape | None = None
         self._ledger = ledger
         self._stats = stats
         self._name_of = name_of
@@ -223,6 +225,8 @@ class _Replay:
         for tensor in scratch.values():
             self.replayer.track(tensor, None)
         results = _flatten(_call(op, args, kwargs, self.replayer.room.run))
+        if self.replayer.tape is not None:
+            self.replayer.tape.repeated(op.number, self.replayer.room.seconds)
         found: list[tuple[Activation, Tensor]] = []
         for reference, tensor in zip(op.outputs, results, strict=True):
             if reference is None:

@@ -216,7 +216,8 @@ class Session:
         self._signature = None
         self._recorder.home, self._recorder.unattended, self._recorder.leaves.stranger = None, True, False
         self._decide_with(self._new_decisions())
-        self._recorder.tape = tape = Tape(self._ledger) if self._learner.records else None
+        tape = Tape(self._ledger) if self._learner.records else None
+        self._recorder.tape = self._replayer.tape = tape
         self._ledger.on_end = tape.died if tape is not None else None
         self._room.measures = tape is not None
         self._room.watches = self._watches and (self.policy is not None or self._decisions.follower is None)
@@ -248,7 +249,7 @@ class Session:
         if stack is None:
             return
         stack.close()
-        tape, self._recorder.tape = self._recorder.tape, None
+        tape, self._recorder.tape, self._replayer.tape = self._recorder.tape, None, None
         self._ledger.on_end = None
         self._room.measures = False
         try:
@@ -334,7 +335,7 @@ class Session:
         graph = self._graph = tape.graph(self.modules.names())
         follower = self._decisions.follower
         followed = follower.completed() if follower is not None else None
-        self._learner.learn(graph, self._highest(), followed, tape.held())
+        self._learner.learn(graph, self._highest(), followed, tape.held(), tape.repeats())
         if self._ahead is not None and self._signature is not None:
             self._ahead.recorded(self._signature, self._learner.plans.find(kind_of(graph)) is not None)
         if isinstance(self.policy, PerModule) and (unmatched := self.policy.unmatched(graph)):
