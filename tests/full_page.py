@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import subprocess
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,12 +16,12 @@ from report import table
 PAGE = Path(__file__).parents[1] / "docs" / "full-run.md"
 
 
-def write(outcomes: Mapping[str, int], rooms: Mapping[str, int], seconds: float) -> None:
-    """Write the page: how many tests had each outcome, how many are in each folder, and how long they ran."""
-    PAGE.write_text(page(outcomes, rooms, seconds), encoding="utf-8")
+def write(outcomes: Mapping[str, int], rooms: Mapping[str, int], seconds: float, commit: str) -> None:
+    """Write the page: how many tests had each outcome, how many are in each folder, how long they ran, on what."""
+    PAGE.write_text(page(outcomes, rooms, seconds, commit), encoding="utf-8")
 
 
-def page(outcomes: Mapping[str, int], rooms: Mapping[str, int], seconds: float) -> str:
+def page(outcomes: Mapping[str, int], rooms: Mapping[str, int], seconds: float, commit: str) -> str:
     """The page as text."""
     said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
     rows = ((f"`{room}`", str(count)) for room, count in sorted(rooms.items()))
@@ -31,11 +32,20 @@ def page(outcomes: Mapping[str, int], rooms: Mapping[str, int], seconds: float) 
 ten thousand steps with changing shapes. Written by `tests/full_page.py` when nothing failed.
 
 - Date: {datetime.date.today().isoformat()}
+- Commit: {commit}
 - Versions: Python {platform.python_version()}, torch {torch.__version__}, {platform.system()} {platform.machine()}
 - {said}, in {datetime.timedelta(seconds=round(seconds))} h
 
 {table(("folder", "tests"), rows)}
 """
+
+
+def head() -> str:
+    """The commit that is checked out; empty where git does not tell."""
+    told = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=PAGE.parent, capture_output=True, text=True, check=False
+    )
+    return told.stdout.strip()
 
 
 def rooms_of(tests: Iterable[str]) -> Counter[str]:

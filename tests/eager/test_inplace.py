@@ -754,6 +754,7 @@ def _add_one(tensor: Tensor) -> None:
 BESIDE: dict[str, Callable[[Tensor, Callable[[], Any]], Any]] = {
     "by an op": lambda rows, then: [rows.zero_(), then()],
     "by an op on lists": lambda rows, then: [torch._foreach_zero_([rows]), then()],
+    "by an op on lists that nobody counts": lambda rows, then: [_fused(rows), then()],
     "by an op that failed": lambda rows, then: [_failing(lambda: rows.add_(torch.ones(7))), then()],
     "in inference mode": lambda rows, then: [torch.inference_mode()(rows.zero_)(), then()],
     "after a cut": lambda rows, then: [_backward(lambda: None), rows.zero_(), then()],
@@ -766,6 +767,12 @@ def _backward(hook: Callable[[], Any]) -> None:
     w = torch.ones(WIDTH, requires_grad=True)
     w.register_hook(lambda grad: [hook(), None][1])
     w.exp().sum().backward()
+
+
+def _fused(rows: Tensor) -> None:
+    options = dict.fromkeys(("weight_decay", "momentum", "dampening"), 0.0)
+    flags = {"nesterov": False, "maximize": False, "is_first_step": True}
+    torch._fused_sgd_([rows], [torch.ones_like(rows)], [], lr=0.5, **options, **flags)
 
 
 def _failing(write: Callable[[], Any]) -> None:

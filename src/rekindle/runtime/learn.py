@@ -88,13 +88,14 @@ class Learner:
         before, off = self.plans.find(number), False
         if before is not None:
             graph = _quicker(before.graph, graph)
-        graph = _as_repeated(_evened(graph), kind.repeats)
+        graph = _evened(graph)
         forecast = before.plan.forecast if before is not None and followed is before else None
         if forecast is not None:
             off = abs(peak - forecast.peak) > _OFF * forecast.peak or peak > budget
             kind.excess = max(0, kind.excess + peak - forecast.peak) if off else kind.excess
+        repeated = _as_repeated(graph, kind.repeats)
         with telling(planning(graph, budget)):
-            plan = Planner(replace(graph, standing=graph.standing + kind.excess)).find(budget - kept_back(budget))
+            plan = Planner(replace(repeated, standing=graph.standing + kind.excess)).find(budget - kept_back(budget))
         if plan is None:
             self.plans.forget(number)  # a plan that was too full, too: it goes on line, or not at all
             return False
