@@ -482,7 +482,8 @@ def test_double_backward() -> None:
             (loss + gradient.square().sum()).backward()
         return loss  # its graph holds the input, which stands in the next step: the budget has room for that
 
-    assert check(step, of=None, share=0.98).last_step.ops_replayed > 0
+    # The second step goes on line, by costs on the clock: with a share of 0.98 it did not always find room.
+    assert check(step, of=None, share=0.99).last_step.ops_replayed > 0
 
 
 def test_mark() -> None:
