@@ -36,10 +36,10 @@ class _Applied:
     thread: int = 0
     forget: weakref.finalize[[Session], torch.nn.Module] | None = None
 
-    def end(self, error: BaseException | None = None) -> None:
+    def end(self) -> None:
         """End the step that the outermost call began."""
         self.depth = 0
-        self.session.__exit__(type(error) if error is not None else None, error, None)
+        self.session.end()
 
 
 # The module itself gets no hook and no attribute, so that its pickles, copies and state_dict stay what they were.
@@ -50,9 +50,10 @@ _hooks: list[Any] = []
 def apply(model: Model, policy: PolicyLike | None = None, **options: Any) -> Model:
     """Run every forward of `model` in a session of its own. Returns the same object.
 
-    Each forward is a step; what it evicts is recomputed when the backward pass asks, wherever that is called. The
-    model's type, parameters, hooks, `state_dict` and pickles are as before. `session_of(model)` is the session;
-    `options` are those of `Session`.
+    Each forward begins a step, which ends with its backward pass if the same thread calls that before the next forward
+    with gradients. What runs between the two is not seen: let the model compute its loss, if it can. What was evicted
+    is recomputed when a backward pass asks, wherever that is called. The model's type, parameters, hooks, `state_dict`
+    and pickles are as before. `session_of(model)` is the session; `options` are those of `Session`.
 
     Raises:
         SessionError: `model` is applied already.
@@ -83,8 +84,6 @@ def remove(model: Model) -> Model:
     if model not in _applied:
         raise SessionError(f"{type(model).__name__} is not applied. Call rekindle.apply(model, policy=...) first.")
     applied = _applied.pop(model)
-    if applied.depth:
-        applied.end()
     assert applied.forget is not None
     applied.forget()
     return model
@@ -220,7 +219,9 @@ def _rehearse(
 
 
 def _forget(session: Session) -> None:
-    """Take back the hooks of a model that was removed, or is gone."""
+    """End the step of a model that was removed, or is gone, and take back its hooks."""
+    if not session.in_backward:  # its end ends the step, and a hook of it may have called `remove`
+        session.end()
     session.modules.detach()
     if not _applied:
         while _hooks:
@@ -237,6 +238,8 @@ def _enter(module: torch.nn.Module, args: Any) -> None:
         if not applied.depth:
             applied.end()  # a KeyboardInterrupt ended the last call, and PyTorch did not tell us
     if not applied.depth or applied.thread != thread:
+        if applied.session.goes_on():
+            return
         applied.session.__enter__()
         applied.thread = thread
     applied.depth += 1
@@ -250,7 +253,10 @@ def _leave(module: torch.nn.Module, args: Any, output: Any) -> None:
     if not applied.depth:
         error = sys.exc_info()[1] if output is None else None
         try:
-            applied.end(error)
+            if error is None:
+                applied.session.await_backward()
+            else:
+                applied.session.end(error)
         except RekindleError as better:
             if error is None:
                 raise

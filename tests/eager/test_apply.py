@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
 import weakref
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils.checkpoint import checkpoint
 
 import rekindle
-from helpers import Layer, assert_same, small_batch, small_model, train
+from helpers import Layer, assert_same, same_bits, small_batch, small_model, train
+from peak import peak_bytes
+from rekindle import _api
+from rekindle.policy import Planner
+from rekindle.runtime.room import kept_back
 from watch import living, modes
+
+engine = torch.autograd._engine_run_backward
 
 
 def step(model: nn.Module, number: int, _: object) -> Tensor:
@@ -398,3 +408,350 @@ def test_second_thread_is_refused(applied):
     assert len(refused) == 1
     assert rekindle.session_of(model).last_step.ops_replayed > 0
     assert modes() == 0
+
+
+# -- the backward pass belongs to the step -----------------------------------------------------------------------------
+
+
+class WithLoss(nn.Module):
+    """A model that computes its loss, as those of `transformers` do."""
+
+    def __init__(self, layers: int = 4) -> None:
+        super().__init__()
+        self.body = small_model(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The loss."""
+        return self.body(x).square().mean()
+
+
+ROWS = 256
+
+
+def own_loss(model: nn.Module, number: int, managed: object) -> Tensor:
+    """A step of `WithLoss` in a foreign loop, or in a session."""
+    x = small_batch(number, rows=ROWS)
+    with managed:
+        loss = model(x)
+        loss.backward()
+    return loss.detach()
+
+
+def budget_of(share: float) -> int:
+    """A budget that lies a share of the way from the floor to the full need of a step of `WithLoss`."""
+    session = rekindle.Session(memory_budget="1GiB")
+    train(WithLoss, own_loss, session)
+    planner = Planner(session.plan.graph)
+    budget = planner.floor() + int(share * (planner.full - planner.floor()))
+    return budget + kept_back(budget + kept_back(budget)) + (1 << 13)
+
+
+def test_budget_is_planned_as_in_a_session(applied):
+    """Under `apply` a budget leads to the plans that a session around the loop has: as many replays, step by step, no
+    departure, and the same numbers as plain."""
+    budget = budget_of(0.4)
+
+    def replays(make, managed):
+        counts = []
+
+        def counted(model, number, within):
+            loss = own_loss(model, number, within)
+            session = managed or rekindle.session_of(model)
+            counts.append((session.last_step.ops_replayed, session.last_step.departures, session.plan is not None))
+            return loss
+
+        return train(make, counted, managed, steps=5), counts
+
+    session = rekindle.Session(memory_budget=budget, cost="roofline")
+    within, expected = replays(WithLoss, session)
+    managed, counts = replays(lambda: applied(WithLoss(), memory_budget=budget, cost="roofline"), None)
+    plain = train(WithLoss, own_loss, steps=5)
+    assert_same(plain, managed)
+    assert_same(plain, within)
+    assert counts == expected
+    assert counts[-1][0] > 0
+    assert all(planned for _, _, planned in counts)
+    assert not living()
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_whole_step_is_within_the_budget(outside, applied):
+    """Told by the allocator, planned steps fit from the call of the model to the end of the backward pass, and so do
+    those whose loss is computed outside of the model, where nobody sees it."""
+    model, wide, labels = WithLoss(), torch.randn(64, 512), torch.zeros(ROWS, dtype=torch.long)
+
+    def run() -> None:
+        x = small_batch(0, rows=ROWS)
+        loss = torch.nn.functional.cross_entropy(model.body(x) @ wide, labels) if outside else model(x)
+        loss.backward()
+
+    run()  # allocates the gradients
+    standing = sum(parameter.nbytes for parameter in model.parameters()) * 2
+    plain = peak_bytes(run)
+    budget = standing + int(0.8 * plain)
+    applied(model.body if outside else model, memory_budget=budget)
+    session = rekindle.session_of(model.body if outside else model)
+    peaks = [peak_bytes(run) for _ in range(5)]
+    assert session.last_step.departures == 0
+    assert session.last_step.ops_replayed > 0
+    assert max(peaks[2:]) <= budget - standing
+
+
+def test_statistics_are_of_the_whole_step(applied):
+    """`last_step.peak_nbytes` is that of forward and backward: as in a session around both."""
+    session = rekindle.Session(rekindle.PerModule(Layer))
+    model, twin = WithLoss(), WithLoss()
+    applied(twin, rekindle.PerModule(Layer))
+    for number in range(3):
+        own_loss(model, number, session)
+        own_loss(twin, number, nullcontext())
+    stats = rekindle.session_of(twin).last_step
+    seed = 4  # bytes: the gradient of the loss itself is made before the backward pass begins
+    same = replace(session.last_step, replay_seconds=stats.replay_seconds, peak_nbytes=stats.peak_nbytes + seed)
+    assert replace(stats, peak_nbytes=stats.peak_nbytes + seed) == same
+    assert 0 <= session.last_step.peak_nbytes - stats.peak_nbytes <= seed
+
+
+def twins(apply) -> tuple[nn.Module, nn.Module]:
+    """A plain model without dropout, and a managed one of the same weights."""
+    plain, managed = WithLoss().eval(), WithLoss().eval()
+    managed.load_state_dict(plain.state_dict())
+    return plain, apply(managed, rekindle.KeepNone())
+
+
+def ends(model: nn.Module) -> bool:
+    """Whether the step of an applied model is over."""
+    return rekindle.session_of(model)._stack is None
+
+
+def test_ends_with_its_backward_pass(applied):
+    """A step waits for its backward pass, and nothing is left of it afterwards: no mode, and PyTorch's own engine."""
+    model = applied(WithLoss(), rekindle.KeepNone())
+    loss = model(small_batch(0))
+    assert not ends(model)
+    assert modes() == 0
+    loss.backward()
+    assert ends(model)
+    assert torch.autograd._engine_run_backward is engine
+
+
+def test_two_backward_passes(applied):
+    """With `retain_graph=True` the step goes on to the next backward pass. Both are exact."""
+
+    def twice(model: nn.Module, number: int, _: object) -> Tensor:
+        loss = model(small_batch(number, rows=ROWS))
+        loss.backward(retain_graph=True)
+        if isinstance(model, WithLoss) and model in _api._applied:
+            assert not ends(model)
+        loss.backward()
+        return loss.detach()
+
+    budget = budget_of(0.4)
+    managed = train(lambda: applied(WithLoss(), memory_budget=budget), twice, steps=4)
+    assert_same(train(WithLoss, twice, steps=4), managed)
+
+
+def test_somebody_elses_backward_pass(applied):
+    """A backward pass between that asks for nothing of the model does not end its step."""
+    model, other = applied(WithLoss(), rekindle.KeepNone()), small_model(1)
+    loss = model(small_batch(0))
+    other(small_batch(1)).sum().backward()
+    assert not ends(model)
+    loss.backward()
+    assert ends(model)
+
+
+def test_forward_without_gradients_between(applied):
+    """A forward under `no_grad` between forward and backward, such as that of a reference in preference training, takes
+    no part in the step, which is planned all the same."""
+
+    def step(model: nn.Module, number: int, _: object) -> Tensor:
+        loss = model(small_batch(number, rows=ROWS))
+        with torch.no_grad():
+            reference = model(small_batch(number + 1, rows=ROWS))
+        (loss * (1 + reference)).backward()
+        return loss.detach()
+
+    managed, budget = [], budget_of(0.4)
+
+    def make() -> nn.Module:
+        managed.append(applied(WithLoss(), memory_budget=budget))
+        return managed[0]
+
+    assert_same(train(WithLoss, step, steps=4), train(make, step, steps=4))
+    session = rekindle.session_of(managed[0])
+    assert (session.stats.steps, session.last_step.departures) == (4, 0)
+    assert session.last_step.ops_replayed > 0
+    assert session.plan is not None
+
+
+@pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize("together", [False, True])
+def test_gradient_accumulation(together, within, applied):
+    """Three forwards, with a backward pass after each or all of them at the end: each forward is a step."""
+
+    def accumulate(model: nn.Module, number: int, _: object) -> Tensor:
+        losses = []
+        for part in range(3):
+            losses.append(model(small_batch(3 * number + part, rows=ROWS)))
+            if not together:
+                losses[-1].backward()
+        if together:
+            sum(losses).backward()
+        return torch.stack(losses).detach()
+
+    managed = []
+    options = {"memory_budget": (4 if together else 1) * budget_of(0.4)} if within else {"policy": rekindle.KeepNone()}
+
+    def make() -> nn.Module:
+        managed.append(applied(WithLoss(), **options))
+        return managed[0]
+
+    assert_same(train(WithLoss, accumulate), train(make, accumulate))
+    assert rekindle.session_of(managed[0]).stats.steps == 9
+    assert not living()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_error_in_the_backward_pass(error, applied, counting):
+    """An error of a hook ends the step. The user sees it and no other; the next step is managed and exact."""
+
+    def fail(_: Tensor) -> None:
+        raise error("mine")
+
+    plain, managed = twins(applied)
+    hook = managed.body[1].register_full_backward_hook(lambda *_: fail(torch.empty(0)))
+    with pytest.raises(error, match="mine"):
+        managed(small_batch(0)).backward()
+    hook.remove()
+    assert ends(managed)
+    assert modes() == 0
+    assert torch.autograd._engine_run_backward is engine
+    managed.zero_grad()
+    for model in (plain, managed):
+        model(small_batch(0)).backward()
+    assert all(map(torch.equal, grads(plain), grads(managed)))
+    assert rekindle.session_of(managed).last_step.ops_replayed > 0
+
+
+@pytest.mark.parametrize("options", [{"policy": rekindle.KeepNone()}, {"memory_budget": "2MiB"}], ids=str)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_called_again_in_the_backward_pass(reentrant, options, applied):
+    """`torch.utils.checkpoint` around an applied model calls it again in the backward pass: no step of its own."""
+
+    def step(model: nn.Module, number: int, _: object) -> Tensor:
+        x = small_batch(number, rows=ROWS).requires_grad_()
+        loss = checkpoint(model, x, use_reentrant=reentrant)
+        loss.backward()
+        return loss.detach()
+
+    assert_same(train(WithLoss, step), train(lambda: applied(WithLoss(), **options), step))
+    assert modes() == 0
+
+
+def test_remove_in_the_backward_pass(applied, counting):
+    """A hook that removes the model ends nothing that still runs: the pass is exact, and no mode is left."""
+    plain, managed = twins(applied)
+    managed.body[1].register_full_backward_hook(lambda *_: rekindle.remove(managed) and None)
+    for model in (plain, managed):
+        model(small_batch(0)).backward()
+    assert all(map(torch.equal, grads(plain), grads(managed)))
+    assert global_hooks() == 0
+    assert modes() == 0
+    assert torch.autograd._engine_run_backward is engine
+    assert not living()
+
+
+def test_backward_pass_on_another_thread(applied, counting):
+    """A backward pass that another thread runs is exact; the step ends with the next forward."""
+    plain, managed = twins(applied)
+    for _ in range(2):
+        for model in (plain, managed):
+            thread = threading.Thread(target=model(small_batch(0)).backward)
+            thread.start()
+            thread.join()
+    assert all(map(torch.equal, grads(plain), grads(managed)))
+    assert rekindle.session_of(managed).stats.steps == 2
+    assert not ends(managed)
+    rekindle.remove(managed)
+    assert torch.autograd._engine_run_backward is engine
+    assert not living()
+
+
+def test_forward_on_another_thread_meanwhile(applied):
+    """While the backward pass runs, a forward of another thread is a plain one, and exact."""
+    model = twins(applied)[1]
+    expected = model(small_batch(1)).detach()
+    results = []
+
+    def elsewhere(*_: object) -> None:
+        thread = threading.Thread(target=lambda: results.append(model(small_batch(1)).detach()))
+        thread.start()
+        thread.join()
+
+    hook = model.body[1].register_full_backward_hook(elsewhere)
+    model(small_batch(0)).backward()
+    hook.remove()
+    assert same_bits(expected, results[0])
+    assert rekindle.session_of(model).stats.steps == 2
+    assert ends(model)
+
+
+def test_model_is_gone_before_its_backward_pass(counting):
+    """A step that waits keeps neither its model nor, after that, its session. The backward pass is exact without."""
+    plain, model = twins(rekindle.apply)
+    parameters, loss = list(model.parameters()), model(small_batch(0))
+    gone, session = weakref.ref(model), weakref.ref(rekindle.session_of(model))
+    del model
+    assert gone() is None
+    assert torch.autograd._engine_run_backward is engine
+    loss.backward()
+    plain(small_batch(0)).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), parameters, strict=True))
+    del loss
+    assert not living()
+    gc.collect()
+    assert session() is None
+
+
+def test_one_backward_pass_of_two_models(applied):
+    """Two applied models under budgets, one feeding the other: one backward pass ends both steps, which are planned."""
+
+    def make() -> nn.Module:
+        return nn.ModuleList([small_model(3), WithLoss(3)])
+
+    def both(model: nn.Module, number: int, _: object) -> Tensor:
+        loss = model[1](model[0](small_batch(number, rows=ROWS)).tanh())
+        loss.backward()
+        return loss.detach()
+
+    budget = int(1.5 * budget_of(0.4))
+
+    def make_applied() -> nn.Module:
+        models = make()
+        for model in models:
+            applied(model, memory_budget=budget)
+        sessions.extend(map(rekindle.session_of, models))
+        return models
+
+    sessions: list[rekindle.Session] = []
+    assert_same(train(make, both, steps=4), train(make_applied, both, steps=4))
+    assert [session.stats.steps for session in sessions] == [4, 4]
+    assert all(session.plan is not None for session in sessions)
+    assert all(session._stack is None for session in sessions)
+
+
+def test_double_backward(applied):
+    """A gradient penalty: the first backward pass makes a graph, and the step lasts until the second."""
+
+    def penalised(model: nn.Module, number: int, _: object) -> Tensor:
+        x = small_batch(number, rows=ROWS).requires_grad_()
+        loss = model(x)
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        (loss + slope.square().sum()).backward()
+        return loss.detach()
+
+    budget = 3 * budget_of(0.9)
+    managed = train(lambda: applied(WithLoss(), memory_budget=budget), penalised, steps=4)
+    assert_same(train(WithLoss, penalised, steps=4), managed)
+    assert_same(train(WithLoss, penalised), train(lambda: applied(WithLoss(), rekindle.PerModule(Layer)), penalised))

@@ -643,7 +643,7 @@ def test_no_module() -> None:
 
 
 def test_applied() -> None:
-    """Under `apply` the backward pass is outside of the step, which so is never known to go as planned."""
+    """Under `apply` steps are always looked at: PyTorch goes on to tell of module calls when they are over."""
     model = rekindle.apply(small_model(), memory_budget=PLENTY, plan_ahead=True)
     for number in range(5):
         model(small_batch(number, rows=ROWS)).square().mean().backward()

@@ -690,15 +690,17 @@ def test_arguments_of_a_call() -> None:
 # -- the beginning of a backward pass ----------------------------------------------------------------------------------
 
 
-PASSES: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
-    "backward": (lambda x: x.sin().sum().backward(), False),
-    "backward twice": (lambda x: x.sin().sum().backward(create_graph=True), True),
-    "autograd.backward": (lambda x: torch.autograd.backward([x.sin().sum()]), False),
-    "grad": (lambda x: torch.autograd.grad(x.sin().sum(), x), False),
-    "grad twice": (lambda x: torch.autograd.grad(x.sin().sum(), [x], create_graph=True), True),
-    "grads batched": (lambda x: torch.autograd.grad(x.sin(), x, torch.eye(3), is_grads_batched=True), False),
+PASSES: dict[str, tuple[Callable[[Tensor], Any], bool, bool]] = {
+    "backward": (lambda x: x.sin().sum().backward(), False, False),
+    "backward twice": (lambda x: x.sin().sum().backward(create_graph=True), True, True),
+    "backward again": (lambda x: x.sin().sum().backward(retain_graph=True), True, False),
+    "autograd.backward": (lambda x: torch.autograd.backward([x.sin().sum()]), False, False),
+    "grad": (lambda x: torch.autograd.grad(x.sin().sum(), x), False, False),
+    "grad twice": (lambda x: torch.autograd.grad(x.sin().sum(), [x], create_graph=True), True, True),
+    "grad again": (lambda x: torch.autograd.grad(x.sin().sum(), [x], retain_graph=True), True, False),
+    "grads batched": (lambda x: torch.autograd.grad(x.sin(), x, torch.eye(3), is_grads_batched=True), False, False),
 }
-"""Each way to begin a backward pass, and whether another is to follow."""
+"""Each way to begin a backward pass, whether it keeps the graph, and whether it makes one."""
 
 
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
@@ -706,13 +708,13 @@ PASSES: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
 def test_around_backward(way: str) -> None:
     """Each backward pass that the thread begins in the block, however it is begun, runs in the context given; none
     after it, nor those of other threads."""
-    begin, twice = PASSES[way]
-    x, seen = torch.ones(3, requires_grad=True), list[bool]()
+    begin, keeps, makes = PASSES[way]
+    x, seen = torch.ones(3, requires_grad=True), list[tuple[bool, bool]]()
 
     @contextmanager
-    def around(create_graph: bool) -> Iterator[None]:
+    def around(retain_graph: bool, create_graph: bool) -> Iterator[None]:
         assert current_graph_task() == -1
-        seen.append(create_graph)
+        seen.append((retain_graph, create_graph))
         yield
 
     engine = torch.autograd._engine_run_backward
@@ -722,22 +724,22 @@ def test_around_backward(way: str) -> None:
         other.start()
         other.join()
     begin(x)
-    assert seen == [twice]
+    assert seen == [(keeps, makes)]
     assert torch.autograd._engine_run_backward is engine
 
 
 def test_around_backward_inside_of_another() -> None:
-    """The inner one counts, until it ends."""
+    """The outer one is entered first, the inner one inside of it, until it ends."""
     x, seen = small_batch(0).requires_grad_(), list[str]()
 
-    def around(name: str) -> Callable[[bool], AbstractContextManager[None]]:
-        return lambda create_graph: nullcontext(seen.append(name))
+    def around(name: str) -> Callable[[bool, bool], AbstractContextManager[None]]:
+        return lambda retain_graph, create_graph: nullcontext(seen.append(name))
 
     with around_backward(around("outer")):
         with around_backward(around("inner")):
             x.sum().backward()
         x.sum().backward()
-    assert seen == ["inner", "outer"]
+    assert seen == ["outer", "inner", "outer"]
 
 
 def test_around_backward_leaves_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -754,7 +756,7 @@ def test_around_backward_leaves_others_alone(monkeypatch: pytest.MonkeyPatch) ->
 
         return run
 
-    def around(create_graph: bool) -> AbstractContextManager[None]:
+    def around(retain_graph: bool, create_graph: bool) -> AbstractContextManager[None]:
         return nullcontext(seen.append("ours"))
 
     theirs = place("theirs")

@@ -137,6 +137,14 @@ class ModuleStack:
         finally:
             self._thread = thread
 
+    def pause(self) -> None:
+        """Follow no calls until `resume`."""
+        self._thread = 0
+
+    def resume(self) -> None:
+        """Go on following calls, those of the running thread."""
+        self._thread = threading.get_ident()
+
     def close(self) -> None:
         """Stop following them."""
         self._thread = 0

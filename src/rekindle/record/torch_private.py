@@ -51,10 +51,10 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy, _profiler_enabled
@@ -172,38 +172,40 @@ def _come_back(mode: TorchDispatchMode, node: Any, name: str, back: Callable[[st
     handle = node.register_hook(hook)
 
 
+Around: TypeAlias = Callable[[bool, bool], AbstractContextManager[None]]
 _autograd: Any = torch.autograd
 _run_backward: Callable[..., Any] = torch.autograd.graph._engine_run_backward
-_around: dict[int, Callable[[bool], AbstractContextManager[Any]]] = {}  # by thread
+_around: dict[int, list[Around]] = {}  # by thread, the newest last
 _around_lock = threading.Lock()
 
 
 def _run_backward_around(outputs: Any, gradients: Any, retain: bool, create: bool, *rest: Any, **more: Any) -> Any:
-    around = _around.get(threading.get_ident())
-    with around(create) if around is not None else nullcontext():
+    with ExitStack() as stack:
+        for around in tuple(_around.get(threading.get_ident(), ())):
+            stack.enter_context(around(retain, create))
         return _run_backward(outputs, gradients, retain, create, *rest, **more)
 
 
 @contextmanager
-def around_backward(around: Callable[[bool], AbstractContextManager[Any]]) -> Iterator[None]:
-    """Runs one block in which each backward pass that this thread begins runs in `around(create_graph)`.
+def around_backward(around: Around) -> Iterator[None]:
+    """Runs one block in which each backward pass that this thread begins runs in `around(retain_graph, create_graph)`,
+    inside of what was asked for earlier.
 
     Not if somebody else has taken that place.
     """
     thread = threading.get_ident()
-    before = _around.get(thread)
     try:
         with _around_lock:
             if _autograd._engine_run_backward is _run_backward:
                 _autograd._engine_run_backward = _run_backward_around
-            _around[thread] = around
+            _around.setdefault(thread, []).append(around)
         yield
     finally:
         with _around_lock:
-            _around.pop(thread, None)
-            if before is not None:
-                _around[thread] = before
-            elif not _around and _autograd._engine_run_backward is _run_backward_around:
+            _around[thread].remove(around)
+            if not _around[thread]:
+                del _around[thread]
+            if not _around and _autograd._engine_run_backward is _run_backward_around:
                 _autograd._engine_run_backward = _run_backward
 
 

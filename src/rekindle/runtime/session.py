@@ -6,8 +6,8 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Hashable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
@@ -143,6 +143,7 @@ class Session:
         self._is_plain = pressure is None and inplace == "strict" and not verify
         self._may_rest = self._is_plain and memory_budget is None
         self._resting = self._waking = False
+        self._awaits_backward = self.in_backward = False
         me = weakref.ref(self)
 
         def on_death(activation: Activation, nbytes: int) -> None:
@@ -200,6 +201,8 @@ class Session:
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Session:
+        if self._awaits_backward:
+            self.end()
         self._check_enter()
         try:
             self._begin_step()
@@ -245,7 +248,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         stack, self._stack = self._stack, None
-        self._thread = None
+        self._thread, self._awaits_backward = None, False
         if stack is None:
             return
         stack.close()
@@ -376,16 +379,64 @@ class Session:
             for root in list(self.modules.roots):
                 self._see(root)
 
-    def _around_backward(self, create_graph: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def _around_backward(self, retain_graph: bool, create_graph: bool) -> Iterator[None]:
         """What a backward pass runs in that begins now: without the recorder, if nobody has to watch it."""
-        aside = self._aside
-        if self._resting:
-            return nullcontext()
-        if create_graph:  # what it makes may be recomputed in another
-            aside.stop()
+        if self._resting or (self._awaits_backward and not _may_switch()):
+            yield
+            return
+        with self._last_part(retain_graph) if self._awaits_backward else nullcontext():
+            aside = self._aside
+            if create_graph:  # what it makes may be recomputed in another
+                aside.stop()
+            else:
+                aside.backward_begins()
+            with left(self._recorder) if aside.whole and _may_switch() else nullcontext():
+                yield
+
+    # -- a step whose backward pass is called by somebody else -------------------------------------------------------
+
+    def await_backward(self) -> None:
+        """Look at nothing until this thread begins a backward pass, with which the step ends: at the end of the forward
+        pass of a model that somebody else calls. If autograd saved nothing there is none to wait for."""
+        if self._stack is None or not self._recorder.saves:
+            self.end()
         else:
-            aside.backward_begins()
-        return left(self._recorder) if aside.whole and _may_switch() else nullcontext()
+            self._look_away()
+
+    def _look_away(self) -> None:
+        self._looking.close()
+        self.modules.pause()
+        self._awaits_backward = True
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the step, as leaving the `with` block does."""
+        self.__exit__(type(error) if error is not None else None, error, None)
+
+    def goes_on(self) -> bool:
+        """Whether a forward pass that begins now begins no step: a backward pass is running, which calls the model once
+        more, or another thread does meanwhile; or one is waited for, and no gradients are asked for."""
+        return self.in_backward or (self._awaits_backward and not torch.is_grad_enabled())
+
+    @contextmanager
+    def _last_part(self, retain_graph: bool) -> Iterator[None]:
+        """Look at a backward pass, which ends the step, if it is the one that was waited for and may not come again."""
+        saved = self._saved_tensors
+        self._awaits_backward, saved.asked = False, False
+        self.in_backward = self._recorder.adopts = True
+        try:
+            self.modules.resume()
+            self._look()
+            yield
+        except BaseException as error:
+            self.end(error)
+            raise
+        finally:
+            self.in_backward = self._recorder.adopts = False
+        if retain_graph or not saved.asked:
+            self._look_away()
+        else:
+            self.end()
 
     def _runs_unattended(self) -> bool:
         """Whether nobody else's code is known to run in the backward pass, and no gradient is made there that nobody
