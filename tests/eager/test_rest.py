@@ -22,6 +22,7 @@ from rekindle import Session
 from rekindle.record.torch_private import modes_and_hooks
 from rekindle.runtime import rest
 from rekindle.runtime.room import kept_back
+from watch import modes
 
 pytestmark = pytest.mark.usefixtures("counting")
 
@@ -642,13 +643,78 @@ def test_no_module() -> None:
     assert session.stats.rested == 0
 
 
-def test_applied() -> None:
-    """Under `apply` steps are always looked at: PyTorch goes on to tell of module calls when they are over."""
-    model = rekindle.apply(small_model(), memory_budget=PLENTY, plan_ahead=True)
-    for number in range(5):
-        model(small_batch(number, rows=ROWS)).square().mean().backward()
-    assert rekindle.session_of(model).stats.rested == 0
-    rekindle.remove(model)
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_applied(own_loss: bool) -> None:
+    """Steps of an applied model rest as those of a session do, and all are exact. One that calls something else wakes
+    up and is managed."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = small_model()
+            self.twice = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            """Its loss, or what one is made of."""
+            x = self.body(x)
+            x = self.body[0](x) if self.twice else x
+            return x.square().mean() if own_loss else x
+
+    def step(model: nn.Module, number: int, _: object) -> Tensor:
+        model.twice = number == 4
+        result = model(small_batch(number, rows=ROWS))
+        loss = result if own_loss else result.square().mean()
+        loss.backward()
+        if session:
+            rested.append(session[0].last_step.rested)
+        return loss.detach()
+
+    def make() -> nn.Module:
+        model = rekindle.apply(Model(), memory_budget=PLENTY)
+        session.append(rekindle.session_of(model))
+        return model
+
+    session: list[Session] = []
+    rested: list[int] = []
+    plain = train(Model, step, steps=7)
+    assert_same(plain, train(make, step, steps=7))
+    assert rested[:4] == [0, 0, 0, 1]
+    assert session[0].stats.departures == 1  # of the step that woke up
+    assert modes() == 0
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_applied_fails_at_rest(error: type[BaseException]) -> None:
+    """A step of an applied model that fails while it rests, in forward or backward, leaves nothing open: the user sees
+    the error and no other, and later steps are exact."""
+    broken: list[str] = []
+
+    def fail(where: str) -> None:
+        if where in broken:
+            raise error("mine")
+
+    def fragile(model: nn.Module) -> nn.Module:
+        model[2].register_forward_pre_hook(lambda *_: fail("forward"))
+        model[1].register_full_backward_hook(lambda *_: fail("backward"))
+        return model
+
+    def step(model: nn.Module, number: int, _: object) -> Tensor:
+        broken[:] = {4: ["forward"], 5: ["backward"]}.get(number, [])
+        with pytest.raises(error, match="mine") if broken else nullcontext() as caught:
+            model(small_batch(number, rows=ROWS)).square().mean().backward()
+        assert caught is None or not getattr(caught.value, "__notes__", [])
+        return torch.zeros(())
+
+    sessions: list[Session] = []
+
+    def make() -> nn.Module:
+        model = rekindle.apply(fragile(small_model()), memory_budget=PLENTY)
+        sessions.append(rekindle.session_of(model))
+        return model
+
+    assert_same(train(lambda: fragile(small_model()), step, steps=9), train(make, step, steps=9))
+    assert sessions[0].stats.rested > 0
+    assert modes() == 0
 
 
 # -- modes and hooks of others -----------------------------------------------------------------------------------------

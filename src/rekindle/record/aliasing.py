@@ -198,7 +198,8 @@ class Ledger:
         live_nbytes: of the storages that the session's ops made.
         leaf_nbytes: of those that were there before: parameters, gradients, buffers, inputs.
         standing_nbytes: of these, and on an accelerator of all else that was allocated at the last look.
-        most_standing_nbytes: the most that any look at an accelerator has seen of it, since somebody set this back.
+        most_standing_nbytes: the most of it when one of its storages died, or somebody looked at an accelerator, since
+            this was set back.
         place: the accelerator that the storages are on, None while none was seen on any.
         on_end: called with the record of each storage that dies, None if nobody wants to know.
     """
@@ -360,6 +361,7 @@ class Ledger:
         if nbytes:
             self.live_nbytes -= nbytes
         else:
+            self.most_standing_nbytes = max(self.most_standing_nbytes, self.standing_nbytes)
             self.leaf_nbytes -= tracked.leaf_nbytes
         if self.on_end is not None:
             self.on_end(tracked)

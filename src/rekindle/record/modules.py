@@ -75,13 +75,15 @@ class ModuleStack:
         self.current = self.outside
         self.roots: weakref.WeakKeyDictionary[torch.nn.Module, dict[int, str]] = weakref.WeakKeyDictionary()
         self._hooks: list[RemovableHandle] = []
-        self._stays = False
+        self._stays = self._slack = False
         self._thread = 0
         self._count = 0
 
     def attach(self) -> None:
         """Have PyTorch tell of every module call, until `detach`."""
         if self._hooks:
+            if self._slack:
+                self._follow()
             return
         try:
             self._hooks = _spare.pop()
@@ -91,8 +93,12 @@ class ModuleStack:
                 register_module_forward_hook(self._leave, always_call=True),
             ]
         else:
-            put_back(self._hooks[0], self._enter)
-            put_back(self._hooks[1], self._leave)
+            self._follow()
+
+    def _follow(self) -> None:
+        put_back(self._hooks[0], self._enter)
+        put_back(self._hooks[1], self._leave)
+        self._slack = False
 
     def detach(self) -> None:
         """Undo `attach`. Not from inside a module call that failed: PyTorch walks the hooks then."""
@@ -100,7 +106,7 @@ class ModuleStack:
             hook.remove()
         if self._hooks:
             _spare.append(self._hooks)
-        self._hooks = []
+        self._hooks, self._slack = [], False
 
     def open(self) -> None:
         """Begin to follow module calls."""
@@ -110,21 +116,16 @@ class ModuleStack:
         self._stays = bool(self._hooks)
         self.attach()
 
-    @property
-    def stays(self) -> bool:
-        """Whether PyTorch goes on to tell of module calls after `close`."""
-        return self._stays
-
     def slacken(self) -> None:
         """Have `on_call` told of each call, and follow them no more: that costs less."""
         for hook in self._hooks:
             hook.remove()
         put_back(self._hooks[0], self._glance)
+        self._slack = True
 
     def tighten(self, module: torch.nn.Module, args: Any) -> None:
         """Follow calls again, from one of `module` on that is about to run: the outermost, as far as is known."""
-        put_back(self._hooks[0], self._enter)
-        put_back(self._hooks[1], self._leave)
+        self._follow()
         self.current = self.outside
         self._enter(module, args)
 
@@ -183,6 +184,9 @@ class ModuleStack:
 
     def _glance(self, module: torch.nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or threading.get_ident() != self._thread:
+            return
+        if not self._slack:  # since PyTorch made its list of whom to call
+            self._enter(module, args)
             return
         assert self._on_call is not None
         self._on_call(module, args)

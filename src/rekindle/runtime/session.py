@@ -382,10 +382,13 @@ class Session:
     @contextmanager
     def _around_backward(self, retain_graph: bool, create_graph: bool) -> Iterator[None]:
         """What a backward pass runs in that begins now: without the recorder, if nobody has to watch it."""
-        if self._resting or (self._awaits_backward and not _may_switch()):
+        if self._awaits_backward and not _may_switch():
             yield
             return
         with self._last_part(retain_graph) if self._awaits_backward else nullcontext():
+            if self._resting:
+                yield
+                return
             aside = self._aside
             if create_graph:  # what it makes may be recomputed in another
                 aside.stop()
@@ -399,7 +402,7 @@ class Session:
     def await_backward(self) -> None:
         """Look at nothing until this thread begins a backward pass, with which the step ends: at the end of the forward
         pass of a model that somebody else calls. If autograd saved nothing there is none to wait for."""
-        if self._stack is None or not self._recorder.saves:
+        if self._stack is None or not (self._resting or self._recorder.saves):
             self.end()
         else:
             self._look_away()
@@ -426,14 +429,15 @@ class Session:
         self.in_backward = self._recorder.adopts = True
         try:
             self.modules.resume()
-            self._look()
+            if not self._resting:
+                self._look()
             yield
         except BaseException as error:
             self.end(error)
             raise
         finally:
             self.in_backward = self._recorder.adopts = False
-        if retain_graph or not saved.asked:
+        if retain_graph or not (self._resting or saved.asked):
             self._look_away()
         else:
             self.end()
@@ -551,7 +555,7 @@ class Session:
             return
         made = follower.made_so_far if follower is not None else 0
         rest.arrived(arrival, self._ledger.total_nbytes if rest.is_first() else new, made)
-        if not (self._learner.records or self._asked or self.modules.stays) and rest.knows(follower):
+        if not (self._learner.records or self._asked) and rest.knows(follower):
             self._lie_down()
 
     def _plan_ahead(self, ahead: Ahead, arrival: Arrival) -> None:
