@@ -12,13 +12,13 @@ import peers
 import rekindle
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(lambda: peers.gpt2(layers=4, width=128, heads=4, length=128, vocabulary=512), id="gpt2"),
-        pytest.param(lambda: peers.llama(layers=4, width=128, heads=4, length=128, vocabulary=512), id="llama"),
-    ],
-)
+MODELS = [
+    pytest.param(lambda: peers.gpt2(layers=4, width=128, heads=4, length=128, vocabulary=512), id="gpt2"),
+    pytest.param(lambda: peers.llama(layers=4, width=128, heads=4, length=128, vocabulary=512), id="llama"),
+]
+
+
+@pytest.mark.parametrize("make", MODELS)
 def test_planned_ahead(make: Callable[[], peers.Workload]) -> None:
     """34% of what plain PyTorch needs beside parameters, gradients and the batch, planned ahead: the first step has the
     same bits, departs from nothing, and its peak is the predicted one within 2%, and within the budget."""
@@ -35,6 +35,24 @@ def test_planned_ahead(make: Callable[[], peers.Workload]) -> None:
     again = rekindle.Session(memory_budget=budget, plan_ahead=True)
     assert [key for key, digest in workload.outcome(again).items() if digest != expected[key]] == []
     assert again.stats.ops_replayed > 0
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("share", [0.6, 0.4])
+def test_applied(make: Callable[[], peers.Workload], share: float) -> None:
+    """A share of what plain PyTorch needs beside parameters, gradients and the batch, for a model in a loop that knows
+    nothing of it: same bits, and from the second step on the plan is obeyed and holds, backward pass included."""
+    workload = make()
+    expected, plain = workload.outcome(nullcontext()), workload.peak(nullcontext())
+    budget = workload.standing() + int(share * plain)
+    session = rekindle.session_of(rekindle.apply(workload.model, memory_budget=budget))
+    for number in range(4):
+        assert workload.peak(nullcontext()) <= share * plain
+        assert session.last_step.ops_replayed > 0
+        assert session.last_step.departures == 0
+        assert session.plan is not None, f"step {number} was not planned from"
+        assert [key for key, digest in workload.outcome(nullcontext()).items() if digest != expected[key]] == []
+    rekindle.remove(workload.model)
 
 
 @pytest.mark.slow
