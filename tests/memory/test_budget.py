@@ -11,7 +11,6 @@ from torch import Tensor
 import peers
 import rekindle
 
-
 MODELS = [
     pytest.param(lambda: peers.gpt2(layers=4, width=128, heads=4, length=128, vocabulary=512), id="gpt2"),
     pytest.param(lambda: peers.llama(layers=4, width=128, heads=4, length=128, vocabulary=512), id="llama"),
