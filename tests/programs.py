@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import rekindle
 from helpers import random_states, seeded, set_random_states
 from rekindle import EvictionPolicy, Session
+from rekindle.policy import PolicyLike
 from rekindle.record.torch_private import without_dispatch_modes
 
 REGISTERS = 4
@@ -111,10 +112,11 @@ class Net(nn.Module):
         self.register_buffer("seen", torch.zeros(width))
         self.blocks = nn.ModuleList(map(Block, program.blocks))
 
-    def forward(self, machine: Machine) -> None:
+    def forward(self, machine: Machine) -> Machine:
         """Run all."""
         for block in self.blocks:
             block(machine)
+        return machine
 
 
 @dataclass
@@ -533,11 +535,17 @@ class Twin:
     def __init__(self, program: Program, session: Session | None, copies: bool = False) -> None:
         """With `copies` autograd saves copies, which no write can change, and gives away others."""
         self.program, self.session, self.copies = program, session, copies
+        self.applied = False
         torch.manual_seed(0)
         self.net = Net(program)
         self.generator = seeded(1)
         self.states = random_states()
         self.carried: Tensor | None = None
+
+    def apply(self, policy: PolicyLike, **options: Any) -> Session:
+        """Have the session that the network is applied with manage it."""
+        self.session, self.applied = rekindle.session_of(rekindle.apply(self.net, policy, **options)), True
+        return self.session
 
     def step(self, number: int, around: Callable[[Callable[[], None]], object] = _run) -> dict[str, Any]:
         """One step, run by `around`; all that it leaves behind."""
@@ -591,7 +599,7 @@ class Twin:
         with ExitStack() as stack:
             if self.copies:
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._copy, self._copy))
-            with self.session or nullcontext():
+            with nullcontext() if self.applied or self.session is None else self.session:
                 try:
                     outside = self._once(batches[0], fault, end, left, "")
                 except Stop:

@@ -552,11 +552,14 @@ def test_two_backward_passes(applied):
 
 
 def test_somebody_elses_backward_pass(applied):
-    """A backward pass between that asks for nothing of the model does not end its step."""
+    """A backward pass between that does not come by what the model made is no part of its step: it does not end it, and
+    its gradients do not count."""
     model, other = applied(WithLoss(), rekindle.KeepNone()), small_model(1)
     loss = model(small_batch(0))
+    live = rekindle.session_of(model).live_nbytes
     other(small_batch(1)).sum().backward()
     assert not ends(model)
+    assert rekindle.session_of(model).live_nbytes == live
     loss.backward()
     assert ends(model)
 

@@ -64,24 +64,28 @@ def _nothing(graph: Graph) -> Iterable[int]:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a session is made. `pressure` is in percent."""
+    """How a session is made: around the step, or `applied` to the model. `pressure` is in percent."""
 
     policy: str = "keep none"
     inplace: Literal["strict", "snapshot"] = "strict"
     min_nbytes: int = 0
     verify: bool = False
     pressure: int | None = None
+    applied: bool = False
 
-    def session(self, budget: int | None = None) -> Session:
-        """A new one."""
-        return Session(
-            POLICIES[self.policy](),
-            memory_budget=budget,
-            inplace=self.inplace,
-            min_nbytes=self.min_nbytes,
-            verify=self.verify,
-            pressure=None if self.pressure is None else Pressure(FakeReader(self.pressure, 100)),
-        )
+    def twin(self, program: Program) -> tuple[Twin, Session]:
+        """A program managed by a new session."""
+        options: dict[str, Any] = {
+            "inplace": self.inplace,
+            "min_nbytes": self.min_nbytes,
+            "verify": self.verify,
+            "pressure": None if self.pressure is None else Pressure(FakeReader(self.pressure, 100)),
+        }
+        if self.applied:
+            twin = Twin(program, None)
+            return twin, twin.apply(POLICIES[self.policy](), **options)
+        session = Session(POLICIES[self.policy](), **options)
+        return Twin(program, session), session
 
 
 SETTINGS = st.builds(
@@ -91,6 +95,7 @@ SETTINGS = st.builds(
     st.sampled_from([0, 0, 100, 1024]),
     st.sampled_from([False, False, False, True]),
     st.sampled_from([None, None, None, 80, 95]),
+    st.sampled_from([False, False, True]),
 )
 
 
@@ -118,12 +123,14 @@ def alike(one: Any, other: Any) -> bool:
     return same_bits(one, other) and (not one.is_leaf or alike(one.grad, other.grad))
 
 
-def assert_clean(session: Session) -> None:
-    """No mode, no hook, no tape is left."""
+def assert_clean(session: Session, applied: bool = False) -> None:
+    """No mode, no hook, no tape is left. What is `applied` may wait for a backward pass."""
     assert modes() == 0
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    if applied:
+        return
     assert not torch_module._global_forward_hooks
     assert not torch_module._global_forward_pre_hooks
-    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     assert session._thread is None
     assert session._recorder.tape is None
 
@@ -155,8 +162,8 @@ def check(program: Program, setting: Setting) -> None:
     gc.freeze()
     if setting.inplace == "snapshot" and program.carry == "attached":
         program = replace(program, carry="detached")  # nobody takes snapshots while the optimizer steps
-    session = setting.session()
-    managed, plain = Twin(program, session), Twin(program, None, setting.inplace == "snapshot")
+    managed, session = setting.twin(program)
+    plain = Twin(program, None, setting.inplace == "snapshot")
     copies = None if setting.inplace == "snapshot" else Twin(program, None, copies=True)
     for number in range(len(program.ends)):
         expected, actual = plain.step(number), managed.step(number)
@@ -174,13 +181,18 @@ def check(program: Program, setting: Setting) -> None:
                 return  # their graphs go on from here in other states
             copies.take_over(plain)
         assert not wrong, (number, wrong, actual.get("why"), expected.get("why"))
-        assert_clean(session)
+        if setting.applied:
+            session.end()  # if no backward pass came by
+        assert_clean(session, setting.applied)
         rough = bool(program.fault) or "backward" in actual or actual.get("log")
         del expected, actual, right
         if program.carry != "attached":
             assert_nothing_lives(bool(rough))
         if plain is copies:
             break
+    if setting.applied:
+        rekindle.remove(managed.net)
+        assert_clean(session)
     theirs = [weakref.ref(tensor.untyped_storage()) for tensor in plain.net.state_dict().values()]
     del managed, plain, copies
     assert_nothing_lives(collect=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +25,7 @@ from rekindle.record.aliasing import Ledger, window_of
 from rekindle.record.recorder import Recorder
 from rekindle.record.torch_private import (
     FAKE_ERRORS,
+    Around,
     FakeTensor,
     FakeTensorMode,
     alias,
@@ -41,7 +43,9 @@ from rekindle.record.torch_private import (
     left,
     never_compile,
     no_modes,
+    nodes_made,
     put_back,
+    reaches,
     set_versions,
     when_backward_ends,
     without_dispatch_modes,
@@ -712,8 +716,9 @@ def test_around_backward(way: str) -> None:
     x, seen = torch.ones(3, requires_grad=True), list[tuple[bool, bool]]()
 
     @contextmanager
-    def around(retain_graph: bool, create_graph: bool) -> Iterator[None]:
+    def around(outputs: Sequence[Tensor], retain_graph: bool, create_graph: bool) -> Iterator[None]:
         assert current_graph_task() == -1
+        assert [type(output.grad_fn) for output in outputs] in ([type(x.sum().grad_fn)], [type(x.sin().grad_fn)])
         seen.append((retain_graph, create_graph))
         yield
 
@@ -732,8 +737,8 @@ def test_around_backward_inside_of_another() -> None:
     """The outer one is entered first, the inner one inside of it, until it ends."""
     x, seen = small_batch(0).requires_grad_(), list[str]()
 
-    def around(name: str) -> Callable[[bool, bool], AbstractContextManager[None]]:
-        return lambda retain_graph, create_graph: nullcontext(seen.append(name))
+    def around(name: str) -> Around:
+        return lambda outputs, retain_graph, create_graph: nullcontext(seen.append(name))
 
     with around_backward(around("outer")):
         with around_backward(around("inner")):
@@ -756,7 +761,7 @@ def test_around_backward_leaves_others_alone(monkeypatch: pytest.MonkeyPatch) ->
 
         return run
 
-    def around(retain_graph: bool, create_graph: bool) -> AbstractContextManager[None]:
+    def around(outputs: Sequence[Tensor], retain_graph: bool, create_graph: bool) -> AbstractContextManager[None]:
         return nullcontext(seen.append("ours"))
 
     theirs = place("theirs")
@@ -778,6 +783,33 @@ def test_around_backward_leaves_others_alone(monkeypatch: pytest.MonkeyPatch) ->
     with around_backward(around):  # the patch has put back what it found
         pass
     assert torch.autograd._engine_run_backward is torch.autograd.graph._engine_run_backward
+
+
+def test_reaches() -> None:
+    """Numbers of nodes tell whether a backward pass comes by what a stretch of code made: through views, writes in
+    place and custom functions. Passes through other graphs, older or newer, do not."""
+    x, other = small_batch(0).requires_grad_(), small_batch(1).requires_grad_()
+    older = other.sin()
+    first = nodes_made()
+    inner = Doubled.apply(x.cos() * older.detach())
+    end = nodes_made()
+    written = other * 2
+    written[0].mul_(inner[0])
+    for loss in (inner, inner.t(), (inner.exp() + older).sum(), written.sum()):
+        assert reaches([loss], first, end)
+        assert reaches([older, loss], first, end)
+        assert reaches([GradientEdge(loss.grad_fn, 0)], first, end)
+    for loss in (older, older.exp(), (other * 3).sum(), x, inner.detach(), inner.detach() * other):
+        assert not reaches([loss], first, end)
+
+
+def test_reaches_looks_at_each_node_once() -> None:
+    """A graph with as many ways through it as would take for ever is looked at in no time."""
+    x = small_batch(0).requires_grad_()
+    first = nodes_made()
+    for _ in range(200):
+        x = x + x
+    assert not reaches([x], first, first)
 
 
 @pytest.mark.parametrize("above", [False, True])

@@ -34,8 +34,9 @@ so that a new torch version which breaks one fails there first.
   stack of frames tells that an op was called by such code.
 * Keys of hooks. Dynamo guards the keys of the global module hooks, so a hook that comes back has to come back under the
   key it had, or each step would compile again.
-* Nodes. The engine knows which node of the graph it is running, and nodes have numbers and names. Formulas of some of
-  them ask whether a dispatch mode is active, and the engine puts back after each node whatever that has changed of it.
+* Nodes. The engine knows which node of the graph it is running, and nodes have numbers and names; the numbers count up
+  on each thread, so that those of a stretch of code are known by theirs. Formulas of some of them ask whether a
+  dispatch mode is active, and the engine puts back after each node whatever that has changed of it.
 * Lazy conjugation. A handler runs with the kernels excluded that carry it out, though what it calls may need them.
 * Fake tensors. A step without bytes: they are what PyTorch's own compiler traces with, and have no public home.
 * Bodies of overloads. Calling an overload is a Python call whose only line calls the dispatcher: one call too many for
@@ -172,7 +173,7 @@ def _come_back(mode: TorchDispatchMode, node: Any, name: str, back: Callable[[st
     handle = node.register_hook(hook)
 
 
-Around: TypeAlias = Callable[[bool, bool], AbstractContextManager[None]]
+Around: TypeAlias = Callable[[Sequence[Any], bool, bool], AbstractContextManager[None]]
 _autograd: Any = torch.autograd
 _run_backward: Callable[..., Any] = torch.autograd.graph._engine_run_backward
 _around: dict[int, list[Around]] = {}  # by thread, the newest last
@@ -182,14 +183,14 @@ _around_lock = threading.Lock()
 def _run_backward_around(outputs: Any, gradients: Any, retain: bool, create: bool, *rest: Any, **more: Any) -> Any:
     with ExitStack() as stack:
         for around in tuple(_around.get(threading.get_ident(), ())):
-            stack.enter_context(around(retain, create))
+            stack.enter_context(around(outputs, retain, create))
         return _run_backward(outputs, gradients, retain, create, *rest, **more)
 
 
 @contextmanager
 def around_backward(around: Around) -> Iterator[None]:
-    """Runs one block in which each backward pass that this thread begins runs in `around(retain_graph, create_graph)`,
-    inside of what was asked for earlier.
+    """Runs one block in which each backward pass that this thread begins runs in `around(outputs, retain_graph,
+    create_graph)`, inside of what was asked for earlier. `outputs` is what it begins from.
 
     Not if somebody else has taken that place.
     """
@@ -207,6 +208,29 @@ def around_backward(around: Around) -> Iterator[None]:
                 del _around[thread]
             if not _around and _autograd._engine_run_backward is _run_backward_around:
                 _autograd._engine_run_backward = _run_backward
+
+
+def nodes_made() -> int:
+    """The number that the next autograd node gets that is made on this thread."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def reaches(outputs: Sequence[Any], first: int, end: int) -> bool:
+    """Whether a backward pass that begins from `outputs`, tensors or edges of the graph, comes by a node whose number
+    is from `first` on and before `end`. Nodes lead to those of smaller numbers, if one thread has made them all."""
+    waiting = [output.grad_fn if isinstance(output, torch.Tensor) else output.node for output in outputs]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        number = node._sequence_nr()
+        if first <= number < end:
+            return True
+        if number >= end:  # those that add to a gradient have the largest number, and lead nowhere
+            waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 @contextmanager

@@ -62,11 +62,7 @@ class Saved:
 
 
 class SavedTensors:
-    """The pack and unpack hooks of a session.
-
-    Attributes:
-        asked: whether a backward pass asked for anything since this was set.
-    """
+    """The pack and unpack hooks of a session."""
 
     def __init__(
         self,
@@ -80,7 +76,6 @@ class SavedTensors:
         self.checksums: Checksums | None = None
         self.follower: Follower | None = None  # of the step, if a plan says what to hold and let go of
         self.aside: Aside | None = None  # says which backward passes run unseen; None if none do
-        self.asked = False
         self._snapshot = snapshot
         self._recorder = recorder
         self._storages = recorder.ledger.storages
@@ -126,7 +121,6 @@ class SavedTensors:
         running = graph_task != -1  # else user code looks, at `grad_fn._saved_self` say, and no plan knows of that
         unseen = ""
         if running:
-            self.asked = True
             if graph_task != self._graph_task:
                 self._backward_begins(graph_task)
             unseen = self._step_aside()

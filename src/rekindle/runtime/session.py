@@ -6,7 +6,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Literal, NoReturn
@@ -32,6 +32,8 @@ from rekindle.record.torch_private import (
     left,
     members_of,
     modes_and_hooks,
+    nodes_made,
+    reaches,
 )
 from rekindle.runtime.ahead import Ahead
 from rekindle.runtime.arrival import Arrival
@@ -144,6 +146,7 @@ class Session:
         self._may_rest = self._is_plain and memory_budget is None
         self._resting = self._waking = False
         self._awaits_backward = self.in_backward = False
+        self._nodes = 0, 0  # the numbers of the autograd nodes of a step that waits: the first, and the one after them
         me = weakref.ref(self)
 
         def on_death(activation: Activation, nbytes: int) -> None:
@@ -225,6 +228,7 @@ class Session:
         self._room.measures = tape is not None
         self._room.watches = self._watches and (self.policy is not None or self._decisions.follower is None)
         self._room.unseen = 0
+        self._nodes = nodes_made(), 0
         self._aside.begin(self._is_plain and tape is None and not self._room.watches and self._finds_gradients())
         if self._rest is not None:
             self._rest.begin()
@@ -380,12 +384,14 @@ class Session:
                 self._see(root)
 
     @contextmanager
-    def _around_backward(self, retain_graph: bool, create_graph: bool) -> Iterator[None]:
-        """What a backward pass runs in that begins now: without the recorder, if nobody has to watch it."""
-        if self._awaits_backward and not _may_switch():
-            yield
+    def _around_backward(self, outputs: Sequence[Any], retain_graph: bool, create_graph: bool) -> Iterator[None]:
+        """What a backward pass runs in that begins now from `outputs`: without the recorder, if nobody has to watch
+        it."""
+        awaited = self._awaits_backward
+        if awaited and not (_may_switch() and reaches(outputs, *self._nodes)):
+            yield  # somebody else's
             return
-        with self._last_part(retain_graph) if self._awaits_backward else nullcontext():
+        with self._last_part(retain_graph) if awaited else nullcontext():
             if self._resting:
                 yield
                 return
@@ -400,12 +406,13 @@ class Session:
     # -- a step whose backward pass is called by somebody else -------------------------------------------------------
 
     def await_backward(self) -> None:
-        """Look at nothing until this thread begins a backward pass, with which the step ends: at the end of the forward
-        pass of a model that somebody else calls. If autograd saved nothing there is none to wait for."""
+        """Look at nothing until this thread begins the backward pass of what ran so far, with which the step ends: at
+        the end of the forward pass of a model that somebody else calls. If autograd saved nothing there is none."""
         if self._stack is None or not (self._resting or self._recorder.saves):
             self.end()
-        else:
-            self._look_away()
+            return
+        self._nodes = self._nodes[0], nodes_made()
+        self._look_away()
 
     def _look_away(self) -> None:
         self._looking.close()
@@ -423,9 +430,8 @@ class Session:
 
     @contextmanager
     def _last_part(self, retain_graph: bool) -> Iterator[None]:
-        """Look at a backward pass, which ends the step, if it is the one that was waited for and may not come again."""
-        saved = self._saved_tensors
-        self._awaits_backward, saved.asked = False, False
+        """Look at the backward pass that was waited for, which ends the step, if it does not come again."""
+        self._awaits_backward = False
         self.in_backward = self._recorder.adopts = True
         try:
             self.modules.resume()
@@ -437,7 +443,7 @@ class Session:
             raise
         finally:
             self.in_backward = self._recorder.adopts = False
-        if retain_graph or not (self._resting or saved.asked):
+        if retain_graph:
             self._look_away()
         else:
             self.end()
