@@ -65,7 +65,7 @@ class Recorder(TorchDispatchMode):
         unattended: whether no op of a step has to be seen in its backward pass: since this was set, nobody else's code
             was seen to run there or to be about to, no op wrote there over what may be wanted back, and none ran on
             another stream.
-        adopts: whether what a recorded backward pass reads and nobody saw made counts as what stood before the step.
+        adopts: whether what a recorded backward pass reads and nobody saw made stands on the tape.
     """
 
     def __init__(
@@ -536,8 +536,7 @@ class Recorder(TorchDispatchMode):
             self._overwriting.before(write, None)
         tape = self.tape
         if self.adopts and tape is not None:
-            for tensor in tensors_in((args, tuple(kwargs.values()))):
-                self.ledger.track_leaf(tensor)
+            tape.adopt(tensors_in((args, tuple(kwargs.values()))))
         inputs = tape.values_read(self.ledger, args, kwargs) if tape is not None else []
         start = time.perf_counter()
         lists = listed_targets(traits, args, kwargs) if targets else ()

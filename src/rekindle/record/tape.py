@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,9 +64,14 @@ class Tape:
 
     When user code lets go of a value is the moment its storage dies or, if Rekindle itself holds that and can make it
     again, when the last other tensor that was seen to look at it dies.
+
+    Attributes:
+        adopted_nbytes: the most that was there at a time of what the step read and nobody saw come.
     """
 
     def __init__(self, ledger: Ledger) -> None:
+        self.adopted_nbytes = self._adopting = 0
+        self._adopted: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._ledger = ledger
         self._demands: list[_Asked] = []
         self._running: list[_Asked] = []
@@ -179,6 +185,24 @@ class Tape:
         self._values[number].why_kept = draft.why_kept or why_kept
         self._values[number].overwrites = self.value_of(old)
         return [number]
+
+    def adopt(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Know what an op is about to read, if nobody saw that come."""
+        for tensor in tensors:
+            try:
+                storage = tensor.untyped_storage()
+            except (NotImplementedError, RuntimeError):
+                continue
+            key = storage._cdata
+            if key not in self._ledger.storages and key not in self._adopted:
+                nbytes = storage.nbytes()
+                self._adopted[key] = weakref.ref(storage, functools.partial(self._leaves, key, nbytes))
+                self._adopting += nbytes
+                self.adopted_nbytes = max(self.adopted_nbytes, self._adopting)
+
+    def _leaves(self, key: int, nbytes: int, _: object) -> None:
+        del self._adopted[key]
+        self._adopting -= nbytes
 
     def state(self, nbytes: int) -> None:
         """Count the state of a generator, which stays as long as its op may be repeated."""
@@ -322,7 +346,8 @@ class Tape:
         )
         demands = tuple(Demand(asked.value, asked.before, asked.until) for asked in self._demands)
         rounded = self._ledger.peak_nbytes // _ROUNDED if self._ledger.place is not None else 0
-        return Graph(tuple(self._ops), values, tuple(self._calls), demands, self._standing + self._states + rounded)
+        standing = self._standing + self._states + self.adopted_nbytes + rounded
+        return Graph(tuple(self._ops), values, tuple(self._calls), demands, standing)
 
     def _add(self, draft: _Draft) -> int:
         self._values.append(draft)

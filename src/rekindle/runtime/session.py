@@ -342,7 +342,7 @@ class Session:
         graph = self._graph = tape.graph(self.modules.names())
         follower = self._decisions.follower
         followed = follower.completed() if follower is not None else None
-        self._learner.learn(graph, self._highest(), followed, tape.held(), tape.repeats())
+        self._learner.learn(graph, self._highest() + tape.adopted_nbytes, followed, tape.held(), tape.repeats())
         if self._ahead is not None and self._signature is not None:
             self._ahead.recorded(self._signature, self._learner.plans.find(kind_of(graph)) is not None)
         if isinstance(self.policy, PerModule) and (unmatched := self.policy.unmatched(graph)):
