@@ -16,6 +16,7 @@ from helpers import assert_same, small_batch, small_model, train
 from rekindle.record import recorder, sizes, streams
 from rekindle.record.aliasing import Ledger
 from rekindle.runtime import session as module
+from rekindle.runtime import standing
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -83,7 +84,8 @@ class Accelerator:
         self.told = 0
         self.ledger: Ledger | None = None
         patch.setattr(torch.accelerator, "synchronize", self._wait)
-        patch.setattr(module, "AcceleratorReader", lambda device: self)
+        for place in (module, standing):
+            patch.setattr(place, "AcceleratorReader", lambda device: self)
 
     def _wait(self, device: torch.device) -> None:
         assert device == CPU

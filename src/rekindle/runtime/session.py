@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
 import weakref
@@ -20,7 +19,7 @@ from rekindle.policy import Decider, KeepAll, PerModule, PolicyLike, check_polic
 from rekindle.record.activation import Activation
 from rekindle.record.aliasing import Ledger
 from rekindle.record.cost import Roofline
-from rekindle.record.modules import ModuleStack, gradient_of
+from rekindle.record.modules import ModuleStack
 from rekindle.record.recorder import DEFAULT_MIN_NBYTES, Recorder
 from rekindle.record.tape import Tape
 from rekindle.record.torch_private import (
@@ -30,7 +29,6 @@ from rekindle.record.torch_private import (
     hooks_refused,
     in_func_transform,
     left,
-    members_of,
     modes_and_hooks,
     nodes_made,
     reaches,
@@ -49,6 +47,7 @@ from rekindle.runtime.replay import Replayer
 from rekindle.runtime.rest import Rest, arrival_of
 from rekindle.runtime.room import Room
 from rekindle.runtime.snapshots import Snapshots
+from rekindle.runtime.standing import Standing
 from rekindle.runtime.stats import Stats
 
 
@@ -133,7 +132,6 @@ class Session:
         self._finished = Stats()
         self._step = Stats()
         self._entry_nbytes = 0
-        self._told_before, self._uncounted_nbytes = sys.maxsize, 0
         self._thread: int | None = None
         self._stack: ExitStack | None = None
         self._looking = ExitStack()
@@ -168,16 +166,13 @@ class Session:
             if session is not None:
                 session._called(module, args)
 
-        def see(module: torch.nn.Module) -> int:
-            session = me()
-            return session._see(module) if session is not None else 0
-
         ledger = self._ledger = Ledger(on_death, lambda device: AcceleratorReader(device).used())
         planned = self.memory_budget is not None and policy is None and plan is None
         rests = planned and self._is_plain
-        self._rest = Rest(see) if rests else None
         watches = self._watches = self.memory_budget is not None or pressure is not None
         self.modules = ModuleStack(on_root if watches else None, on_call if rests else None)
+        standing = self._standing = Standing(ledger, self.modules)
+        self._rest = Rest(standing.see) if rests else None
         self._pressure = (
             Pressure(default_reader(lambda: ledger.total_nbytes, self.memory_budget)) if pressure is None else pressure
         )
@@ -194,7 +189,7 @@ class Session:
             inplace == "snapshot",
         )
         self._aside = Aside(
-            ledger, lambda: self._recorder.number, self._gradients, self._surely_fits, self._runs_unattended
+            ledger, lambda: self._recorder.number, standing.gradients, standing.surely_fits, self._runs_unattended
         )
         self._saved_tensors.aside = self._aside
         if verify:
@@ -306,8 +301,7 @@ class Session:
         self._step = Stats(steps=1)
         self._resting = self._waking = False
         self._entry_nbytes = self._ledger.peak_nbytes = self._ledger.live_nbytes
-        self._ledger.most_standing_nbytes = 0
-        self._told_before = self._peak_told() or sys.maxsize
+        self._standing.begin()
 
     def _close_step(self) -> None:
         self._finished.add(self.last_step)
@@ -353,18 +347,8 @@ class Session:
             )
 
     def _highest(self) -> int:
-        """The most bytes that were live in the step, what stood before it included. An accelerator's allocator tells
-        them where they are more than ever before; in other steps what was not counted then is taken to be there too.
-        Where not all was seen, it is what one like it needed."""
-        ledger, told = self._ledger, self._peak_told()
-        ledger.look()
-        counted = max(ledger.most_standing_nbytes, ledger.standing_nbytes) + ledger.peak_nbytes
-        if told <= self._told_before:
-            return self._aside.highest or counted + self._uncounted_nbytes
-        if self._aside.highest:
-            return told
-        self._uncounted_nbytes = max(0, told - counted)
-        return told
+        """The most bytes that were live in the step, what stood before it included."""
+        return self._standing.highest(self._aside.highest)
 
     def _end_watch(self, calm: bool) -> None:
         """Learn what a step needs that was seen as a whole, and went as it was meant to."""
@@ -380,8 +364,7 @@ class Session:
     def _find_gradients(self) -> None:
         """Know the gradients that were made unseen: which plan the next step follows depends on them."""
         if self._watches:
-            for root in list(self.modules.roots):
-                self._see(root)
+            self._standing.see_all()
 
     @contextmanager
     def _around_backward(self, outputs: Sequence[Any], retain_graph: bool, create_graph: bool) -> Iterator[None]:
@@ -456,28 +439,6 @@ class Session:
             return False
         return not any(map(any_hooked, list(self.modules.roots)))
 
-    def _gradients(self) -> int:
-        """How many elements the gradients have of the modules that were called."""
-        parameters = [parameter for root in list(self.modules.roots) for parameter in members_of(root)[1]]
-        return sum(gradient.numel() for gradient in map(gradient_of, parameters) if gradient is not None)
-
-    def _surely_fits(self, nbytes: int) -> bool:
-        """Whether a step that needs so many bytes will not run out of memory: an eighth more are there. On the CPU
-        nothing could be done about it."""
-        place = self._ledger.place
-        if place is None:
-            return True
-        try:
-            return nbytes + nbytes // 8 <= AcceleratorReader(place).limit()
-        except (NotImplementedError, RuntimeError):  # a device that does not tell
-            return False
-
-    def _peak_told(self) -> int:
-        """The most bytes that were ever allocated on the accelerator; nobody sets that back, for the user may look at
-        it too."""
-        place = self._ledger.place
-        return 0 if place is None else AcceleratorReader(place).peak()
-
     def _rests(self) -> bool:
         """Whether nothing has to be recorded in this step: all is kept, and nobody asked for more."""
         return isinstance(self.policy, KeepAll) and self._may_rest and not self._learner.records and not self._asked
@@ -537,18 +498,9 @@ class Session:
             step.departures += 1
         self._resting = False
 
-    def _see(self, module: torch.nn.Module) -> int:
-        """Know the bytes of parameters, gradients and buffers before an op reads them. Returns those that are new."""
-        before = self._ledger.leaf_nbytes
-        _, parameters, buffers = members_of(module)
-        self._ledger.track_members(parameters)
-        self._ledger.track_members(buffers)
-        self._ledger.track_members(list(map(gradient_of, (*parameters, *buffers))))
-        return self._ledger.leaf_nbytes - before
-
     def _meet(self, module: torch.nn.Module) -> None:
         """Make ready for a call of an outermost module: plan ahead for it, or rest if nobody has to look."""
-        new = self._see(module)
+        new = self._standing.see(module)
         arrival = arrival_of(module)
         if arrival is not None:
             for tensor in arrival.tensors:
@@ -573,7 +525,7 @@ class Session:
         self._signature = arrival.full_signature
         if not ahead.knows(self._signature):
             with self.modules.blind():
-                self._step.rehearsals += ahead.rehearse(arrival, self._beside(arrival))
+                self._step.rehearsals += ahead.rehearse(arrival, self._standing.beside(arrival))
         step = ahead.step(self._signature)
         if step is not None:
             follower = Follower((step,))
@@ -581,14 +533,6 @@ class Session:
             self._decide_with(Decisions(None, follower, self.snapshots, self._step))
             self._watch()
             self._step.departures = 0  # from plans for other arguments, by what ran before the call
-
-    def _beside(self, arrival: Arrival) -> int:
-        """Bytes that are there before a call, beside the parameters, gradients, buffers and arguments of its module."""
-        parameters = list(arrival.module.parameters())
-        gradients = [gradient for gradient in map(gradient_of, parameters) if gradient is not None]
-        known = (*parameters, *gradients, *arrival.module.buffers(), *arrival.tensors)
-        tracked = {found.key: found for tensor in known if (found := self._ledger.track_leaf(tensor)) is not None}
-        return self._ledger.total_nbytes - sum(found.nbytes + found.leaf_nbytes for found in tracked.values())
 
     def _check_standing(self, expected: int = 0) -> None:
         """Follow no plan if there is more from before the step than when it was made: gradients, say. So many bytes are
