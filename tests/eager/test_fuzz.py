@@ -443,6 +443,22 @@ READ_AFTER = Program(
 )
 """A value is read after a backward pass has asked for it the last time."""
 
+TURNED = replace(
+    program_of(
+        *(
+            Do("bmm", 0, 1, 0, 7),
+            Do("noisy_attention", 0, 0, 0, 1),
+            Do("cumsum", 3, 0, 1, 4),
+            Do("dropout", 0, 2, 2, 4),
+        ),
+        *(Do("batch_norm_alone", 0, 0, 0, 0), Do("gelu", 0, 0, 0, 0), Do("bmm", 0, 0, 0, 0)),
+        ends=4,
+        width=128,
+    ),
+    ends=("pieces",) * 4,
+)
+"""The gradient that comes to a `gelu` lies in memory in another order than what it read."""
+
 
 @fuzzed(50)
 @example(ASKED_EARLY, Limit(1.1))
@@ -459,6 +475,7 @@ READ_AFTER = Program(
 @example(READ_AFTER, Limit(1.1))
 @example(READ_AFTER, Limit(1.1, inplace="snapshot"))
 @example(FROZEN_WRITTEN, Limit(1.1))
+@example(TURNED, Limit(0.9, known=False))
 @given(programs_within(), LIMITS)
 def test_any_budget(program: Program, limit: Limit) -> None:
     """Any program within any budget: no bit differs, and the allocator's own peak stays below."""

@@ -126,6 +126,13 @@ def _transposes(tensors: Sequence[Tensor], args: Sequence[Any], results: int) ->
     return max((min(tensor.numel(), _TILE) * 8 for tensor in tensors), default=0)
 
 
+def _gelu_backward(tensors: Sequence[Tensor], args: Sequence[Any], results: int) -> int:
+    """oneDNN wants the gradient in the layout of what it is for, and takes that through a copy."""
+    gradient, x = tensors
+    apart = x.is_contiguous() and not gradient.is_contiguous()
+    return _casts(tensors, results) + (2 * nbytes_of(gradient) if apart else 0)
+
+
 def _cat(tensors: Sequence[Tensor], args: Sequence[Any], results: int) -> int:
     return _casts(tensors, results)
 
@@ -404,6 +411,7 @@ _BOUNDS: dict[str, Callable[[Sequence[Tensor], Sequence[Any], int], int]] = {
     "aten::copy_": _transposes,
     "aten::_to_copy": _transposes,
     "aten::cat": _cat,
+    "aten::gelu_backward": _gelu_backward,
     "aten::where": _where,
     **dict.fromkeys(("aten::index", "aten::index_put", "aten::index_put_"), _index),
     "aten::embedding": _embedding,
