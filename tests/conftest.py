@@ -56,9 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     """Write down a full run of everything that passed."""
-    whole = config.args == config.getini("testpaths") and not (config.option.keyword or config.option.markexpr)
-    whole = whole and config.getoption("--device") == "cpu"
-    if os.environ.get("REKINDLE_TESTS") != "full" or exitstatus or not whole:
+    if exitstatus or not full_page.is_full(config):
         return
     stats = {outcome: terminalreporter.stats.get(outcome, []) for outcome in ("passed", "skipped")}
     tests = [report.nodeid for reports in stats.values() for report in reports]

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import pytest
 import torch
 
 from report import table
 
 PAGE = Path(__file__).parents[1] / "docs" / "full-run.md"
+
+
+def is_full(config: pytest.Config) -> bool:
+    """Whether all tests run here, in full, on the CPU, and none in processes beside: each of these reports too, of its
+    own share."""
+    whole = config.args == config.getini("testpaths") and not (config.option.keyword or config.option.markexpr)
+    worker = hasattr(config, "workerinput")
+    return whole and not worker and config.getoption("--device") == "cpu" and os.environ.get("REKINDLE_TESTS") == "full"
 
 
 def write(outcomes: Mapping[str, int], rooms: Mapping[str, int], seconds: float, commit: str) -> None:
