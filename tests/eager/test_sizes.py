@@ -21,6 +21,7 @@ import zoo
 from helpers import seeded
 from peak import peak_bytes
 from rekindle.record import sizes, torch_private
+from rekindle.record.kernels import temporaries
 from rekindle.record.schema import traits_of
 from rekindle.record.torch_private import AllocatorWatch
 from zoo import Entry
@@ -435,6 +436,14 @@ def test_other_devices_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None
     table.run(signature, func, args, {})
     assert table.need(func, args, {})[1:] == (told, False)
     assert told.results == math.prod(X.shape) * 4
+
+
+def test_bound_of_a_gelu_that_writes() -> None:
+    """The overload that writes to a tensor has the bound of the one that makes one."""
+    x, gradient = X[0], X[0].t().contiguous().t()
+    makes, writes = torch.ops.aten.gelu_backward.default, torch.ops.aten.gelu_backward.grad_input
+    bound = temporaries(makes, (gradient, x), {}, x.nbytes)
+    assert temporaries(writes, (gradient, x), {"grad_input": x}, 0) == bound == 2 * x.nbytes
 
 
 def test_nothing_for_views() -> None:

@@ -49,7 +49,8 @@ def test_applied(make: Callable[[], peers.Workload], share: float) -> None:
         assert workload.peak(nullcontext()) <= share * plain
         assert session.last_step.ops_replayed > 0
         assert session.last_step.departures == 0
-        assert session.plan is not None, f"step {number} was not planned from"
+        assert session.last_step.sweeps == 0 or not number  # only the first step makes room op by op
+        assert session.plan is not None
         assert [key for key, digest in workload.outcome(nullcontext()).items() if digest != expected[key]] == []
     rekindle.remove(workload.model)
 

@@ -128,7 +128,7 @@ def _transposes(tensors: Sequence[Tensor], args: Sequence[Any], results: int) ->
 
 def _gelu_backward(tensors: Sequence[Tensor], args: Sequence[Any], results: int) -> int:
     """oneDNN wants the gradient in the layout of what it is for, and takes that through a copy."""
-    gradient, x = tensors
+    gradient, x = tensors[:2]  # and what it writes to, in one of its overloads
     apart = x.is_contiguous() and not gradient.is_contiguous()
     return _casts(tensors, results) + (2 * nbytes_of(gradient) if apart else 0)
 

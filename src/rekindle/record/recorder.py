@@ -65,7 +65,6 @@ class Recorder(TorchDispatchMode):
         unattended: whether no op of a step has to be seen in its backward pass: since this was set, nobody else's code
             was seen to run there or to be about to, no op wrote there over what may be wanted back, and none ran on
             another stream.
-        adopts: whether what a recorded backward pass reads and nobody saw made stands on the tape.
     """
 
     def __init__(
@@ -82,7 +81,6 @@ class Recorder(TorchDispatchMode):
         self.checksums: Checksums | None = None
         self.home: Home | None = None
         self.unattended = True
-        self.adopts = False
         self._away = ""
         self._has_streams = has_streams()
         self._room = room
@@ -535,8 +533,6 @@ class Recorder(TorchDispatchMode):
         for write in (*written, *past):
             self._overwriting.before(write, None)
         tape = self.tape
-        if self.adopts and tape is not None:
-            tape.adopt(tensors_in((args, tuple(kwargs.values()))))
         inputs = tape.values_read(self.ledger, args, kwargs) if tape is not None else []
         start = time.perf_counter()
         lists = listed_targets(traits, args, kwargs) if targets else ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,10 +66,12 @@ class Tape:
     again, when the last other tensor that was seen to look at it dies.
 
     Attributes:
-        adopted_nbytes: the most that was there at a time of what the step read and nobody saw come.
+        adopts: whether what is read and nobody saw come stands for the whole step.
+        adopted_nbytes: the most that was there of it at a time.
     """
 
     def __init__(self, ledger: Ledger) -> None:
+        self.adopts = False
         self.adopted_nbytes = self._adopting = 0
         self._adopted: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._ledger = ledger
@@ -138,6 +140,8 @@ class Tape:
             except (NotImplementedError, RuntimeError):
                 continue
             if tracked is None:
+                if self.adopts:
+                    self._adopt(tensor.untyped_storage())
                 continue
             activation = tracked.activation
             if activation is None and not self._knows(tracked.value_id):
@@ -186,19 +190,12 @@ class Tape:
         self._values[number].overwrites = self.value_of(old)
         return [number]
 
-    def adopt(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Know what an op is about to read, if nobody saw that come."""
-        for tensor in tensors:
-            try:
-                storage = tensor.untyped_storage()
-            except (NotImplementedError, RuntimeError):
-                continue
-            key = storage._cdata
-            if key not in self._ledger.storages and key not in self._adopted:
-                nbytes = storage.nbytes()
-                self._adopted[key] = weakref.ref(storage, functools.partial(self._leaves, key, nbytes))
-                self._adopting += nbytes
-                self.adopted_nbytes = max(self.adopted_nbytes, self._adopting)
+    def _adopt(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key not in self._adopted:
+            self._adopted[key] = weakref.ref(storage, functools.partial(self._leaves, key, nbytes))
+            self._adopting += nbytes
+            self.adopted_nbytes = max(self.adopted_nbytes, self._adopting)
 
     def _leaves(self, key: int, nbytes: int, _: object) -> None:
         del self._adopted[key]

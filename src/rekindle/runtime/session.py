@@ -414,8 +414,9 @@ class Session:
     @contextmanager
     def _last_part(self, retain_graph: bool) -> Iterator[None]:
         """Look at the backward pass that was waited for, which ends the step, if it does not come again."""
-        self._awaits_backward = False
-        self.in_backward = self._recorder.adopts = True
+        self._awaits_backward, self.in_backward = False, True
+        if self._recorder.tape is not None:
+            self._recorder.tape.adopts = True  # a loss that nobody saw
         try:
             self.modules.resume()
             if not self._resting:
@@ -425,7 +426,7 @@ class Session:
             self.end(error)
             raise
         finally:
-            self.in_backward = self._recorder.adopts = False
+            self.in_backward = False
         if retain_graph:
             self._look_away()
         else:
