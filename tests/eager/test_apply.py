@@ -566,6 +566,21 @@ def test_somebody_elses_backward_pass(applied):
     assert ends(model)
 
 
+def test_other_modules_between(applied):
+    """What other modules have that are called while a step waits is none of its own."""
+    model, other = applied(WithLoss(), memory_budget="1GiB"), small_model(1)
+    session = rekindle.session_of(model)
+    for number in range(4):
+        loss = model(small_batch(number, rows=ROWS))
+        standing = session._ledger.standing_nbytes
+        with torch.no_grad():
+            other(small_batch(number))
+        assert session._ledger.standing_nbytes == standing
+        loss.backward()
+        model.zero_grad()
+    assert session.last_step.rested
+
+
 def test_forward_without_gradients_between(applied):
     """A forward under `no_grad` between forward and backward, such as that of a reference in preference training, takes
     no part in the step, which is planned all the same."""

@@ -683,6 +683,20 @@ def test_applied(own_loss: bool) -> None:
     assert modes() == 0
 
 
+def test_applied_is_looked_at_after_rest() -> None:
+    """The step after one that rested, if it is another, is seen from its outermost module on."""
+    model = rekindle.apply(small_model(), memory_budget=PLENTY)
+    session = rekindle.session_of(model)
+    for number in range(4):
+        model(small_batch(number, rows=ROWS)).square().mean().backward()
+        model.zero_grad()
+    assert session.last_step.rested
+    model(small_batch(4, rows=2 * ROWS)).square().mean().backward()
+    assert not session.last_step.rested
+    assert list(session.modules.roots) == [model]
+    rekindle.remove(model)
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_applied_fails_at_rest(error: type[BaseException]) -> None:
     """A step of an applied model that fails while it rests, in forward or backward, leaves nothing open: the user sees
